@@ -1,0 +1,183 @@
+"""Every key that liqlab writes, in one table; writer, budget, cleanup, ACL and docs derive from it.
+
+On one node the names are the original's (``liq:BTCUSDT``). With more than one shard every key carries a tag
+(``liq:{3}:BTCUSDT``), so that all keys of a symbol live on one node of a cluster and a batch is one call a shard.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from dataclasses import dataclass
+from typing import Final
+
+import pandas as pd
+
+from liqlab.clock import HOUR_MS, MINUTE_MS
+from liqlab.settings import Settings
+
+SHARES: Final = ("streams", "vwap", "percentile", "statistics", "misc", "buffer")
+_SYMBOL: Final = ".+"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the key table.
+
+    Attributes
+    ----------
+    name : str
+        What the family is called in tables and settings.
+    pattern : str
+        The key on one node; SYMBOL, SIDE and BUCKET stand for values, ``*`` for anything.
+    redis_type : str
+        What TYPE answers; several, joined by ``|``, where the method decides; ``any`` for foreign content.
+    ttl : str or None
+        The setting below `retention` that bounds its life; None where the key lives until it is deleted.
+    share : str
+        The share of the budget that pays for it.
+    critical : bool
+        Whether cleanup must never touch it.
+    bucket_ms : int
+        The width of BUCKET, ms; 0 where the key has none.
+    contents : str
+        What a reader of the docs wants to know.
+    """
+
+    name: str
+    pattern: str
+    redis_type: str
+    ttl: str | None
+    share: str
+    contents: str
+    critical: bool = False
+    bucket_ms: int = 0
+
+    def ttl_s(self, settings: Settings) -> int | None:
+        """Return the seconds that a key of this family lives after its last write, None for ever."""
+        if self.ttl is None:
+            return None
+        seconds = int(getattr(settings.retention, self.ttl))
+        if self.name == "percentile":
+            # A window of 24 h needs the bucket that it starts in as well.
+            seconds = settings.retention.percentile_window_s + settings.retention.percentile_bucket_s
+        return seconds
+
+    def key(
+        self, symbol: str | None = None, *, side: str = "", bucket: int | None = None, shard: int | None = None
+    ) -> str:
+        """Return the name of one key.
+
+        Parameters
+        ----------
+        symbol : str, optional
+            The venue's own name, or what stands for ``*``; None for a key that all symbols share.
+        side : str, optional
+            ``buy`` or ``sell``, where the pattern has SIDE.
+        bucket : int, optional
+            Event time // `bucket_ms`, where the pattern has BUCKET.
+        shard : int, optional
+            The symbol's shard, on a cluster.
+        """
+        parts = {"SYMBOL": symbol, "*": symbol, "SIDE": side, "BUCKET": bucket}
+        words = [str(parts.get(word, word)) for word in self.pattern.split(":") if parts.get(word, word) is not None]
+        if shard is not None:
+            words.insert(1, f"{{{shard}}}")
+        return ":".join(words)
+
+    @property
+    def regex(self) -> re.Pattern[str]:
+        """A pattern that matches the family's keys, with or without a shard tag."""
+        head, *rest = self.pattern.split(":")
+        words = {"SYMBOL": _SYMBOL, "SIDE": "(?:buy|sell)", "BUCKET": r"\d+", "*": ".*"}
+        tail = "".join(":" + words.get(word, re.escape(word)) for word in rest)
+        if self.pattern.endswith(":SYMBOL") and self.name in ("events", "blocks"):
+            tail = f"(?:{tail})?"
+        return re.compile(rf"{re.escape(head)}(?::\{{\d+\}})?{tail}", re.DOTALL)
+
+
+FAMILIES: Final = (
+    Family("events", "liq:SYMBOL", "stream", "events_s", "streams", "recent events, ID = event ms + sequence"),
+    Family("blocks", "liqb:SYMBOL", "stream", "events_s", "streams", "compressed blocks of older events"),
+    Family(
+        "vwap", "vwap:SYMBOL", "hash", "vwap_s", "vwap", "price_sum (of price x size), volume_sum, count, last_update"
+    ),
+    Family(
+        "percentile",
+        "size:SYMBOL:BUCKET",
+        "zset|string|hash|TDIS-TYPE",
+        "percentile_window_s",
+        "percentile",
+        "notionals of one hour, by method",
+        bucket_ms=HOUR_MS,
+    ),
+    Family(
+        "candle", "candle:SYMBOL:BUCKET", "hash|string", "candle_s", "statistics", "one minute", bucket_ms=MINUTE_MS
+    ),
+    Family(
+        "candle_5m",
+        "candle5m:SYMBOL:BUCKET",
+        "hash|string",
+        "candle_5m_s",
+        "statistics",
+        "five minutes",
+        bucket_ms=5 * MINUTE_MS,
+    ),
+    Family(
+        "candle_1h",
+        "candle1h:SYMBOL:BUCKET",
+        "hash|string",
+        "candle_1h_s",
+        "statistics",
+        "one hour",
+        bucket_ms=HOUR_MS,
+    ),
+    Family("unique_symbols", "unique_symbols:1h", "string", "unique_symbols_s", "statistics", "HyperLogLog of symbols"),
+    Family("cooldown", "alert:SYMBOL:SIDE", "string", "cooldown_s", "misc", "SET NX EX: no second alert meanwhile"),
+    Family("signal", "signal:SYMBOL", "stream", "signal_s", "misc", "alerts raised", critical=True),
+    Family("position", "position:SYMBOL", "hash", None, "misc", "open positions of the user", critical=True),
+    Family("writer", "liqw:*", "hash", "writer_s", "misc", "last batch of each writer, so that a repeat is a no-op"),
+    Family("temporary", "temp:*", "any", "temporary_s", "misc", "scratch"),
+    Family("debug", "debug:*", "any", "temporary_s", "misc", "debugging aids"),
+    Family("stats_old", "stats:old:*", "any", "temporary_s", "misc", "statistics on their way out"),
+)
+BY_NAME: Final = {family.name: family for family in FAMILIES}
+# By the word before the first colon: a scan of a million keys should not try every pattern on each.
+_BY_HEAD: Final = {
+    head: [(family, family.regex) for family in FAMILIES if family.pattern.split(":")[0] == head]
+    for head in {family.pattern.split(":")[0] for family in FAMILIES}
+}
+
+
+def family_of(key: str) -> Family | None:
+    """Return the family a key belongs to, None for a key that is not liqlab's."""
+    for family, regex in _BY_HEAD.get(key.partition(":")[0], ()):
+        if regex.fullmatch(key):
+            return family
+    return None
+
+
+def shard_of(symbol: str, shards: int) -> int | None:
+    """Return the shard of a symbol: CRC-32 of its UTF-8 name modulo `shards`; None where there is only one.
+
+    The hash is the same in every process and on every machine, unlike Python's own.
+    """
+    return None if shards == 1 else zlib.crc32(symbol.encode()) % shards
+
+
+def table(settings: Settings) -> pd.DataFrame:
+    """Return the key table as a DataFrame: one row a family, with the TTL that `settings` give it."""
+    rows = [
+        {
+            "family": family.name,
+            "key": family.pattern,
+            "type": family.redis_type,
+            "ttl_s": family.ttl_s(settings),
+            "share": family.share,
+            "critical": family.critical,
+            "contents": family.contents,
+        }
+        for family in FAMILIES
+    ]
+    frame = pd.DataFrame(rows)
+    return frame.astype({"ttl_s": "Int64"})

@@ -1,0 +1,254 @@
+"""One validated tree of settings.
+
+Precedence, lowest first: the defaults below, ``liqlab.toml`` in the working directory, ``LIQLAB_*`` in the
+environment (``LIQLAB_WRITER__BATCH_MS=50`` sets ``writer.batch_ms``), keywords.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+FILE: Final = "liqlab.toml"
+ENV_PREFIX: Final = "LIQLAB_"
+_UNITS: Final = {"": 1, "b": 1, "k": 1000, "kb": 1 << 10, "m": 1000**2, "mb": 1 << 20, "g": 1000**3, "gb": 1 << 30}
+
+
+class SettingsError(ValueError):
+    """A setting is not acceptable; the message names it, its value and what is allowed."""
+
+
+def parse_bytes(value: object) -> object:
+    """Turn ``"240mb"`` into 251658240, with the units of redis.conf; anything but text passes through.
+
+    Raises
+    ------
+    ValueError
+        The text is not a number with one of the units b, k, kb, m, mb, g, gb.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([a-z]*)\s*", value.lower())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError("must be a number of bytes with one of the units b, k, kb, m, mb, g, gb, e.g. 240mb")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Budget(_Section):
+    """Shares of maxmemory; they add to 1."""
+
+    streams: Share = 0.40
+    vwap: Share = 0.10
+    percentile: Share = 0.20
+    statistics: Share = 0.10
+    misc: Share = 0.08
+    buffer: Share = 0.12
+
+    @model_validator(mode="after")
+    def _add_to_one(self) -> Budget:
+        total = sum(self.model_dump().values())
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"the six shares add to {total:.6g}; they must add to 1")
+        return self
+
+
+class Retention(_Section):
+    """How long each family is kept, in seconds, and how many entries a symbol's or the shared stream."""
+
+    events_s: PositiveInt = 2_592_000  # a backstop: the caps below, and later bytes, bound a busy stream long before
+    events_maxlen: PositiveInt = 10_000
+    shared_maxlen: PositiveInt = 1_000_000
+    vwap_s: PositiveInt = 3_600
+    percentile_window_s: PositiveInt = 86_400
+    percentile_bucket_s: PositiveInt = 3_600
+    candle_s: PositiveInt = 3_600
+    candle_5m_s: PositiveInt = 3_600
+    candle_1h_s: PositiveInt = 86_400
+    unique_symbols_s: PositiveInt = 3_600
+    cooldown_s: PositiveInt = 600
+    signal_s: PositiveInt = 3_600
+    temporary_s: PositiveInt = 300
+    writer_s: PositiveInt = 86_400
+
+
+class Thresholds(_Section):
+    """Fractions of maxmemory at which cleanup and the breaker act."""
+
+    trim: Share = 0.75
+    halve: Share = 0.85
+    emergency: Share = 0.90
+    exit_margin: Share = 0.05
+    breaker_half_open: Share = 0.90
+    breaker_open: Share = 0.95
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Thresholds:
+        if not self.trim < self.halve < self.emergency:
+            raise ValueError(f"trim {self.trim} < halve {self.halve} < emergency {self.emergency} must hold")
+        if not self.breaker_half_open < self.breaker_open:
+            raise ValueError(f"breaker_half_open {self.breaker_half_open} < breaker_open {self.breaker_open} must hold")
+        return self
+
+
+class Writer(_Section):
+    """When the writer sends a batch: at `batch_events`, or `batch_ms` after the first of them."""
+
+    batch_events: Annotated[int, Field(ge=1, le=20_000)] = 50
+    batch_ms: PositiveFloat = 100.0
+    bulk_events: Annotated[int, Field(ge=1, le=50_000)] = 5_000
+    queue_events: PositiveInt = 100_000
+    layout: Literal["per_symbol", "shared"] = "per_symbol"
+
+
+class Server(_Section):
+    """The server that liqlab starts for itself."""
+
+    binary: Path | None = None
+    maxmemory: ByteSize = 240 << 20
+    maxmemory_policy: Literal["volatile-ttl", "noeviction"] = "volatile-ttl"
+
+    @field_validator("maxmemory")
+    @classmethod
+    def _enough(cls, value: int) -> int:
+        if value < 4 << 20:
+            raise ValueError("must be at least 4mb: an empty server takes about 1mb of it")
+        return value
+
+
+class Feeds(_Section):
+    """What reading a feed needs to know and cannot find in it."""
+
+    contract_sizes: dict[str, PositiveFloat] = Field(default_factory=dict)
+    quarantine_dir: Path | None = None
+
+
+class Settings(BaseSettings):
+    """Every setting of liqlab; see the module docstring for where values come from.
+
+    Raises
+    ------
+    SettingsError
+        Through `load`: one line a bad setting with its name, its value and what is allowed.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        toml_file=FILE,
+        extra="forbid",
+        frozen=True,
+    )
+
+    redis_url: SecretStr | None = None
+    shards: Annotated[int, Field(ge=1, le=1024)] = 1
+    budget: Budget = Budget()
+    retention: Retention = Retention()
+    thresholds: Thresholds = Thresholds()
+    writer: Writer = Writer()
+    server: Server = Server()
+    feeds: Feeds = Feeds()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Order the sources, highest first: keywords, environment, file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def load(**overrides: Any) -> Settings:
+    """Read the settings from their four sources.
+
+    Parameters
+    ----------
+    **overrides
+        Fields of `Settings`; a section takes a dict, ``writer={"batch_ms": 50}``. They win over everything else.
+
+    Returns
+    -------
+    Settings
+
+    Raises
+    ------
+    SettingsError
+        A setting is unknown or not acceptable.
+    """
+    known = set(_names(Settings))
+    _check_environment(known)
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_problem(dict(item), known) for item in error.errors())) from None
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{FILE}: {error}") from None
+
+
+def _names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _names(field.annotation, f"{prefix}{name}.")
+
+
+def _check_environment(known: set[str]) -> None:
+    sections = {name.split(".")[0] for name in known if "." in name}
+    for name, value in os.environ.items():
+        if not name.upper().startswith(ENV_PREFIX):
+            continue
+        setting = name[len(ENV_PREFIX) :].lower().replace("__", ".")
+        if setting not in known:
+            raise SettingsError(_unknown(name, [ENV_PREFIX + k.upper().replace(".", "__") for k in known]))
+        if setting in sections:
+            try:
+                json.loads(value)
+            except ValueError:
+                raise SettingsError(
+                    f"{name} = {value!r}: a whole section must be JSON; or set its parts, {name}__..., one by one"
+                ) from None
+
+
+def _problem(item: dict[str, Any], known: set[str]) -> str:
+    name = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return _unknown(name, list(known))
+    message = str(item["msg"]).removeprefix("Value error, ")
+    # A secret is named, never shown; a section's own rule speaks of several values and shows them itself.
+    value = "" if name == "redis_url" or isinstance(item["input"], dict | BaseModel) else f" = {item['input']!r}"
+    return f"{name}{value}: {message[:1].lower()}{message[1:]}"
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"{name}: no such setting" + (f"; did you mean {near[0]}?" if near else "; see docs/settings.md")
