@@ -1,0 +1,199 @@
+"""Play a recorded feed into a real server on the feed's own clock.
+
+TTLs follow event time: a key whose time is up in the feed is removed, once per event-minute, whatever the wall clock
+says. What the server holds at the end is what a live one would hold at that moment of the feed. Real TTLs are set as
+well, so that eviction order stays the server's own.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from redis.asyncio import Redis
+
+from liqlab import clock, schema
+from liqlab.events import EventError, check
+from liqlab.feeds import Feed
+from liqlab.settings import Settings, load
+from liqlab.writer import Writer
+
+_SAMPLES: Final = 240  # points of the timeline: as many as a picture shows
+_UNLINK: Final = 500
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """What an ingest did.
+
+    Attributes
+    ----------
+    events : int
+        Written, each once.
+    late : int
+        Events that were older than one already in their stream; kept, with their own time.
+    trimmed : int
+        Events that MAXLEN pushed out of their stream again.
+    expired : dict of str to int
+        Keys removed because their time was up on the feed's clock, by family.
+    evicted : int
+        Keys that the server itself evicted at maxmemory; more than 0 means that the feed did not fit.
+    seconds : float
+        Wall time.
+    timeline : pandas.DataFrame
+        Through the feed's time: ts_ms, events (so far), used_memory (bytes), keys.
+    """
+
+    events: int
+    late: int
+    trimmed: int
+    expired: dict[str, int]
+    evicted: int
+    seconds: float
+    timeline: pd.DataFrame
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain numbers and text, for JSON; without the timeline."""
+        return {name: value for name, value in vars(self).items() if name != "timeline"}
+
+
+async def ingest(
+    feed: Feed | pd.DataFrame,
+    redis: Redis,
+    *,
+    settings: Settings | None = None,
+    expire: bool = True,
+    progress: Progress | None = None,
+) -> Ingested:
+    """Write a feed through the real writer, as fast as the server takes it, in event time.
+
+    Parameters
+    ----------
+    feed : Feed or pandas.DataFrame
+        From `liqlab.read_feed`, or an event table.
+    redis : redis.asyncio.Redis
+        Only liqlab's own keys are written.
+    settings : Settings, optional
+        `liqlab.settings.load()` when absent.
+    expire : bool
+        Whether TTLs run on the feed's clock; False keeps everything that was written.
+    progress : callable, optional
+        Called with (events written, events in all).
+
+    Returns
+    -------
+    Ingested
+
+    Raises
+    ------
+    EventError
+        The feed holds no event.
+    WriterError
+        The server refused a batch, for one because it is at maxmemory; what was written stays.
+    """
+    settings = settings or load()
+    events = check(feed.events if isinstance(feed, Feed) else feed)
+    if events.empty:
+        reasons = f"; its reader rejected {sum(feed.report.rejected.values())} rows" if isinstance(feed, Feed) else ""
+        raise EventError(f"the feed holds no event{reasons}; `liqlab feeds inspect` says why")
+    minutes = events["ts_ms"].to_numpy() // clock.MINUTE_MS
+    stops = [*(np.flatnonzero(np.diff(minutes)) + 1).tolist(), len(events)]
+    times = events["ts_ms"].tolist()
+    every = max(len(stops) // _SAMPLES, 1)
+
+    began, evicted = clock.elapsed_s(), await _evicted(redis)
+    writer, expiry = Writer(redis, settings=settings), _Expiry(events, settings)
+    timeline: list[dict[str, int]] = []
+    async for start, stop in writer.write_slices(events, stops):
+        if expire:
+            expiry.touch(start, stop)
+        if len(timeline) * every <= bisect_left(stops, stop) or stop == len(events):
+            timeline.append(await _point(redis, times[stop - 1], stop))
+        if expire and stop < len(events):
+            await expiry.run(redis, int(minutes[stop]) * clock.MINUTE_MS)
+        if progress:
+            progress(stop, len(events))
+    return Ingested(
+        events=writer.counts.written,
+        late=writer.counts.late,
+        trimmed=writer.counts.trimmed,
+        expired=expiry.expired,
+        evicted=await _evicted(redis) - evicted,
+        seconds=clock.elapsed_s() - began,
+        timeline=pd.DataFrame(timeline),
+    )
+
+
+class _Expiry:
+    """Deadlines of the keys that were written, on the feed's clock."""
+
+    def __init__(self, events: pd.DataFrame, settings: Settings) -> None:
+        self.expired: dict[str, int] = {}
+        self._deadlines: dict[str, int] = {}
+        self._heap: list[tuple[int, str, str]] = []
+        self._times = events["ts_ms"].to_numpy()
+        self._codes = events["symbol"].cat.codes.to_numpy()
+        self._ttl_ms = {name: 1000 * (family.ttl_s(settings) or 0) for name, family in schema.BY_NAME.items()}
+        # Every name that a symbol's keys have, once: a feed has few symbols and many minutes.
+        self._names = []
+        for symbol in events["symbol"].cat.categories:
+            shard = schema.shard_of(symbol, settings.shards)
+            stream = None if settings.writer.layout == "shared" else symbol
+            self._names.append(
+                (
+                    schema.BY_NAME["events"].key(stream, shard=shard),
+                    schema.BY_NAME["vwap"].key(symbol, shard=shard),
+                    schema.BY_NAME["candle"].key(symbol, bucket=0, shard=shard).removesuffix("0"),
+                    schema.BY_NAME["unique_symbols"].key(shard=shard),
+                )
+            )
+
+    def touch(self, start: int, stop: int) -> None:
+        """Set the deadlines of the keys that the events of one minute, rows `start` to `stop`, have touched."""
+        minute = int(self._times[start]) // schema.BY_NAME["candle"].bucket_ms
+        last = dict(zip(self._codes[start:stop].tolist(), self._times[start:stop].tolist(), strict=True))
+        for code, ts_ms in last.items():
+            stream, vwap, candle, unique = self._names[code]
+            self._set("events", stream, ts_ms)
+            self._set("vwap", vwap, ts_ms)
+            self._set("candle", f"{candle}{minute}", ts_ms)
+            if unique not in self._deadlines:  # counts an hour from its first symbol; later ones do not prolong it
+                self._set("unique_symbols", unique, ts_ms)
+
+    def _set(self, family: str, key: str, ts_ms: int) -> None:
+        deadline = max(ts_ms + self._ttl_ms[family], self._deadlines.get(key, 0))
+        self._deadlines[key] = deadline
+        heapq.heappush(self._heap, (deadline, key, family))
+
+    async def run(self, redis: Redis, now_ms: int) -> None:
+        """Remove the keys whose deadline is not after `now_ms`."""
+        due = []
+        while self._heap and self._heap[0][0] <= now_ms:
+            deadline, key, family = heapq.heappop(self._heap)
+            if self._deadlines.get(key) == deadline:  # else it was touched again, or is gone
+                del self._deadlines[key]
+                due.append(key)
+                self.expired[family] = self.expired.get(family, 0) + 1
+        for start in range(0, len(due), _UNLINK):
+            await redis.unlink(*due[start : start + _UNLINK])
+
+
+async def _evicted(redis: Redis) -> int:
+    return int((await redis.info("stats"))["evicted_keys"])
+
+
+async def _point(redis: Redis, ts_ms: int, events: int) -> dict[str, int]:
+    memory = await redis.info("memory")
+    return {
+        "ts_ms": ts_ms,
+        "events": events,
+        "used_memory": int(memory["used_memory"]),
+        "keys": int(await redis.dbsize()),
+    }

@@ -1,0 +1,274 @@
+import asyncio
+import math
+import os
+import signal
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+from redis.asyncio import Redis
+
+from liqlab import clock, schema, settings
+from liqlab.events import Event, EventError, event_table
+from liqlab.server import Server, connect
+from liqlab.writer import Writer, WriterError
+
+T0 = 1_737_908_829_829
+
+
+def sample(n: int = 2_000, seed: int = 1, symbols: int = 30) -> pd.DataFrame:
+    rng = clock.generator(seed)
+    price, size = np.round(rng.lognormal(3, 3, n) + 1e-4, 7), np.round(rng.lognormal(1, 2, n) + 1e-3, 3)
+    return event_table(
+        T0 + np.sort(rng.integers(0, 400_000, n)) // 3,  # many ties
+        rng.choice(["binance", "bybit"], n),
+        [f"S{i}USDT" for i in rng.zipf(1.4, n) % symbols],
+        rng.choice(["buy", "sell"], n),
+        price,
+        size,
+        price * size,
+    )
+
+
+async def stored(redis: Redis) -> pd.DataFrame:
+    """Read all streams back, as an independent reader of the documented form would."""
+    rows = []
+    async for key in redis.scan_iter(match="liq*", count=1000):
+        if schema.family_of(key.decode()) is not schema.BY_NAME["events"]:
+            continue
+        for entry, fields in await redis.xrange(key):
+            f = {name.decode(): value.decode() for name, value in fields.items()}
+            ts_ms = int(f.get("t", entry.split(b"-")[0]))
+            symbol = f.get("y") or key.decode().split(":")[-1]
+            side = {"b": "buy", "s": "sell"}[f["s"]]
+            rows.append((ts_ms, f["e"], symbol, side, float(f["p"]), float(f["z"])))
+    columns = ["ts_ms", "exchange", "symbol", "side", "price", "size"]
+    return pd.DataFrame(rows, columns=columns).sort_values(columns).reset_index(drop=True)
+
+
+def plain(events: pd.DataFrame) -> pd.DataFrame:
+    columns = ["ts_ms", "exchange", "symbol", "side", "price", "size"]
+    frame = events[columns].astype({"exchange": object, "symbol": object, "side": object})
+    return frame.sort_values(columns).reset_index(drop=True)
+
+
+async def hashes(redis: Redis, pattern: str) -> dict[str, dict[str, float]]:
+    return {
+        key.decode(): {name.decode(): float(value) for name, value in (await redis.hgetall(key)).items()}
+        async for key in redis.scan_iter(match=pattern, count=1000)
+    }
+
+
+@pytest.mark.parametrize("layout", ["per_symbol", "shared"])
+@pytest.mark.parametrize("shards", [1, 3])
+async def test_a_table_is_stored_whole_and_exactly(redis: Redis, layout: str, shards: int) -> None:
+    events = sample()
+    chosen = settings.load(writer={"layout": layout, "bulk_events": 300}, shards=shards)
+    writer = Writer(redis, settings=chosen)
+
+    assert await writer.write_table(events) == len(events)
+
+    pd.testing.assert_frame_equal(await stored(redis), plain(events), check_dtype=False)
+    assert (writer.counts.offered, writer.counts.written, writer.counts.trimmed) == (len(events), len(events), 0)
+    assert (await redis.exists("liq") == 1) == (layout == "shared" and shards == 1)
+
+
+@pytest.mark.parametrize("bulk", [37, 5_000])
+async def test_aggregates_are_those_of_pandas_whatever_the_batches(redis: Redis, bulk: int) -> None:
+    events = sample()
+    await Writer(redis, settings=settings.load(writer={"bulk_events": bulk})).write_table(events)
+
+    value = events["price"] * events["size"]
+    expected = events.assign(value=value).groupby("symbol", observed=True)
+    vwaps = await hashes(redis, "vwap:*")
+    assert len(vwaps) == events["symbol"].nunique()
+    for symbol, part in expected:
+        got = vwaps[f"vwap:{symbol}"]
+        assert got["count"] == len(part)
+        assert got["last_update"] == part["ts_ms"].max()
+        assert math.isclose(got["price_sum"], math.fsum(part["value"]), rel_tol=1e-9)
+        assert math.isclose(got["volume_sum"], math.fsum(part["size"]), rel_tol=1e-9)
+
+    candles = await hashes(redis, "candle:*")
+    groups = events.groupby([events["symbol"].astype(str), events["ts_ms"] // 60_000])
+    assert len(candles) == groups.ngroups
+    for (symbol, minute), part in groups:
+        got = candles[f"candle:{symbol}:{minute}"]
+        bought = part["size"][part["side"] == "buy"]
+        assert (got["count"], got["max_size"]) == (len(part), part["size"].max())
+        for name, values in (
+            ("volume", part["size"]),
+            ("buy_volume", bought),
+            ("price_total", part["price"]),
+            ("notional", part["notional"]),
+        ):
+            assert math.isclose(got[name], math.fsum(values), rel_tol=1e-9), name
+    assert abs(await redis.pfcount("unique_symbols:1h") - len(vwaps)) <= 1
+
+
+async def test_every_key_is_in_the_schema_with_its_type_and_ttl(redis: Redis) -> None:
+    await Writer(redis, settings=settings.load(shards=2)).write_table(sample(200))
+    chosen, seen = settings.load(), set()
+    async for key in redis.scan_iter(count=1000):
+        family = schema.family_of(key.decode())
+        assert family is not None, key
+        seen.add(family.name)
+        assert (await redis.type(key)).decode() in family.redis_type.split("|")
+        ttl = await redis.ttl(key)
+        assert 0 < ttl <= (family.ttl_s(chosen) or 0), key
+    assert seen == {"events", "vwap", "candle", "unique_symbols", "writer"}
+
+
+async def test_late_events_are_kept_with_their_own_time(redis: Redis) -> None:
+    def row(ts_ms: int) -> pd.DataFrame:
+        return event_table([ts_ms], ["okx"], ["X-SWAP"], ["buy"], [2.0], [ts_ms - T0 + 1.0], [1.0])
+
+    writer = Writer(redis)
+    for ts_ms in (T0 + 20, T0 + 10, T0 + 20, T0 + 15, T0 + 30):
+        await writer.write_table(row(ts_ms))
+
+    assert (await stored(redis))["ts_ms"].tolist() == [T0 + 10, T0 + 15, T0 + 20, T0 + 20, T0 + 30]
+    assert writer.counts.late == 2  # the second at T0 + 20 is a tie, not late
+    ids = [entry.decode() for entry, _ in await redis.xrange("liq:X-SWAP")]
+    assert ids == [f"{T0 + 20}-{n}" for n in range(4)] + [f"{T0 + 30}-0"]
+
+
+async def test_a_batch_that_ran_though_its_reply_was_lost_counts_once(default_server: Server) -> None:
+    events = sample(500)
+    async with default_server.connect() as client, connect(default_server.url, socket_timeout=0.5) as hasty:
+        await client.flushall()
+        writer = Writer(hasty, settings=settings.load(writer={"bulk_events": 500}))
+        await writer.write_table(events.iloc[:1])  # loads the script
+        os.kill(default_server.pid, signal.SIGSTOP)
+        asyncio.get_running_loop().call_later(0.7, os.kill, default_server.pid, signal.SIGCONT)
+        await writer.write_table(events.iloc[1:])
+
+        assert writer.counts.resent >= 1
+        assert writer.counts.written == writer.counts.offered == len(events)
+        pd.testing.assert_frame_equal(await stored(client), plain(events), check_dtype=False)
+        counts = [int(v["count"]) for v in (await hashes(client, "vwap:*")).values()]
+        assert sum(counts) == len(events)
+
+
+async def test_writers_do_not_take_each_other_for_a_repeat(default_redis: Redis) -> None:
+    events = sample(400)
+    first, second = Writer(default_redis), Writer(default_redis)
+    for start in range(0, 400, 100):
+        await first.write_table(events.iloc[start : start + 50])
+        await second.write_table(events.iloc[start + 50 : start + 100])
+    pd.testing.assert_frame_equal(await stored(default_redis), plain(events), check_dtype=False)
+
+
+async def test_live_events_leave_by_number_or_by_time(redis: Redis) -> None:
+    events = sample(205)
+    rows = list(Event.rows(events))
+    async with Writer(redis, settings=settings.load(writer={"batch_events": 50, "batch_ms": 80})) as writer:
+        await asyncio.wait_for(await writer.write(rows[0]), 5)  # alone: the window closes its batch
+        assert writer.counts.batches == 1
+        acknowledged = [await writer.write(row) for row in rows[1:]]
+        await asyncio.wait_for(asyncio.gather(*acknowledged), 5)
+        assert writer.counts.written == len(rows)
+        last = await writer.write(rows[0]._replace(ts_ms=T0 + 10**6))
+        assert not last.done()
+    assert last.done()  # leaving flushed it
+    assert len(await stored(redis)) == len(rows) + 1
+
+
+async def test_backpressure_bounds_the_queue(default_redis: Redis) -> None:
+    rows = list(Event.rows(sample(300)))
+    chosen = settings.load(writer={"batch_events": 5, "bulk_events": 5, "queue_events": 10})
+    async with Writer(default_redis, settings=chosen) as writer:
+        for row in rows:
+            await writer.write(row)
+            assert writer.counts.offered - writer.counts.written <= 10 + 5
+    assert len(await stored(default_redis)) == 300
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"side": "long"}, "side"),
+        ({"price": math.nan}, "price"),
+        ({"size": -1.0}, "size"),
+        ({"notional": 0}, "notional"),
+    ],
+)
+async def test_a_bad_event_is_refused_by_name(default_redis: Redis, change: dict[str, object], message: str) -> None:
+    good = Event(T0, "binance", "BTCUSDT", "buy", 1.0, 1.0, 1.0)
+    async with Writer(default_redis) as writer:
+        with pytest.raises(EventError, match=message):
+            await writer.write(good._replace(**change))
+        assert writer.counts.offered == 0
+
+
+async def test_a_full_queue_says_why_when_the_server_is_gone(fresh_server: Callable[..., Server]) -> None:
+    server, rows = fresh_server(), list(Event.rows(sample(50)))
+    chosen = settings.load(writer={"batch_events": 5, "bulk_events": 5, "queue_events": 10})
+    async with server.connect() as client:
+        server.kill()
+        writer = Writer(client, settings=chosen)
+
+        async def offer() -> None:
+            async with writer:
+                for row in rows:
+                    await asyncio.wait_for(writer.write(row), 10)
+
+        with pytest.raises(WriterError, match="events wait"):
+            await offer()
+        # What was accepted is neither written nor forgotten.
+        assert writer.counts.written == 0 < writer.counts.offered <= 15
+
+
+async def test_a_cancelled_table_can_be_finished(default_redis: Redis) -> None:
+    events = sample(4_000)
+    writer = Writer(default_redis, settings=settings.load(writer={"bulk_events": 100}))
+    task = asyncio.create_task(writer.write_table(events))
+    while writer.counts.written < 500:
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    reached = writer.counts.offered
+    await writer.flush()
+    await writer.write_table(events.iloc[reached:])
+    assert writer.counts.written == writer.counts.offered == len(events)
+    pd.testing.assert_frame_equal(await stored(default_redis), plain(events), check_dtype=False)
+
+
+async def test_single_events_need_the_block(default_redis: Redis) -> None:
+    with pytest.raises(RuntimeError, match="async with"):
+        await Writer(default_redis).write(Event(T0, "binance", "BTCUSDT", "buy", 1.0, 1.0, 1.0))
+
+
+async def test_a_full_server_loses_nothing(fresh_server: Callable[..., Server]) -> None:
+    chosen = settings.load(
+        server={"maxmemory": "4mb", "maxmemory_policy": "noeviction"},
+        writer={"bulk_events": 500},
+        retention={"events_maxlen": 10**6},
+    )
+    server, events = fresh_server(settings=chosen), sample(150_000)
+    async with server.connect() as client:
+        writer = Writer(client, settings=chosen)
+        with pytest.raises(WriterError, match="free memory or raise maxmemory"):
+            await writer.write_table(events)
+        reached = writer.counts.offered  # the batch in doubt is offered, not written
+        assert 0 < writer.counts.written < reached < len(events)
+        assert len(await stored(client)) == writer.counts.written
+
+        await client.config_set("maxmemory", "64mb")
+        await writer.flush()
+        await writer.write_table(events.iloc[reached:])
+        pd.testing.assert_frame_equal(await stored(client), plain(events), check_dtype=False)
+
+
+@pytest.mark.parametrize(("layout", "cap"), [("per_symbol", "events_maxlen"), ("shared", "shared_maxlen")])
+async def test_maxlen_is_reported(default_redis: Redis, layout: str, cap: str) -> None:
+    events = sample(3_000, symbols=2)
+    writer = Writer(default_redis, settings=settings.load(retention={cap: 500}, writer={"layout": layout}))
+    await writer.write_table(events)
+    assert writer.counts.trimmed == 3_000 - len(await stored(default_redis)) > 1_000
+
+
+async def test_the_lua_heap_stays_small(default_redis: Redis) -> None:
+    await Writer(default_redis, settings=settings.load(writer={"bulk_events": 20_000})).write_table(sample(20_000))
+    assert (await default_redis.info("memory"))["used_memory_vm_eval"] < 4 << 20
