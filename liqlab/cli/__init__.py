@@ -1,0 +1,344 @@
+"""The command line: every operation under the name that it has in Python."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Coroutine
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.table import Table
+
+from liqlab import __version__, settings
+from liqlab.cli.terminal import budget_table, log, plain_table, print_json, progress, screen
+from liqlab.settings import Settings, SettingsError
+
+OVER_BUDGET: Final = 3
+
+app = typer.Typer(
+    help="How much liquidation history a small Redis keeps, and what each choice costs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+feeds_app = typer.Typer(help="Recorded feeds: what is in them.", no_args_is_help=True)
+app.add_typer(feeds_app, name="feeds")
+
+Feeds = Annotated[list[str] | None, typer.Argument(metavar="FEED...", help="Files, folders or globs.")]
+FeedOption = Annotated[list[str] | None, typer.Option("--feed", help="The same as the arguments.")]
+Format = Annotated[str, typer.Option("--format", help="Found from the content by default.")]
+Symbol = Annotated[str | None, typer.Option(help="The symbol of a feed that does not name it.")]
+Exchange = Annotated[str | None, typer.Option(help="The exchange of a feed that does not name it.")]
+Map = Annotated[str | None, typer.Option("--map", help="Columns of any other table: ts_ms=timestamp,size=quantity")]
+Unit = Annotated[str | None, typer.Option(help="What its size counts: base, contracts or usd.")]
+Zone = Annotated[str | None, typer.Option("--tz", help="The zone of times without one; UTC by default.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting: writer.layout=shared")]
+Json = Annotated[bool, typer.Option("--json", help="For machines.")]
+Url = Annotated[str | None, typer.Option("--redis", help="A server's URL; LIQLAB_REDIS_URL keeps it out of `ps`.")]
+FailOn = Annotated[str | None, typer.Option("--fail-on", help=f"over-budget: exit with {OVER_BUDGET} when one is.")]
+
+
+def main() -> None:
+    """Run the command line; an error that has a cure is one sentence and exit code 1, never a traceback."""
+    try:
+        app()
+    except Exception as error:
+        if not isinstance(error, _expected()):
+            raise
+        from liqlab.server import redact
+
+        log.print("liqlab:", redact(str(error)), markup=False)
+        sys.exit(1)
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    # Imported when something has gone wrong: `liqlab --help` does not wait for pandas.
+    from redis.exceptions import RedisError
+
+    from liqlab.events import EventError
+    from liqlab.feeds import FeedError
+    from liqlab.report import ReportError
+    from liqlab.server import ServerError
+    from liqlab.writer import WriterError
+
+    return EventError, FeedError, OSError, RedisError, ReportError, ServerError, SettingsError, WriterError
+
+
+def _version(value: bool) -> None:
+    if value:
+        screen.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    """See `liqlab COMMAND --help`; each has an example."""
+
+
+@app.command()
+def report(
+    feeds: Feeds = None,
+    feed: FeedOption = None,
+    out: Annotated[Path, typer.Option(help="Where the HTML goes; replaced only by a complete one.")] = Path(
+        "build/report.html"
+    ),
+    fail_on: FailOn = None,
+    options: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Feed into a private Redis, and a self-contained HTML report of where every byte went.
+
+    Example: liqlab report --feed data/normal-6h.jsonl.gz --out build/report.html --fail-on over-budget
+    """
+    from liqlab import report as module
+
+    chosen = _settings(options)
+    with progress("report") as step:
+        made = module.run(_paths(feeds, feed), out, settings=chosen, progress=step)
+    if as_json:
+        print_json({"report": str(made.html), **made.budget})
+    else:
+        screen.print(budget_table(made.budget))
+        screen.print(f"report: {made.html}", soft_wrap=True)
+    _fail(fail_on, made.budget["over"])
+
+
+@app.command()
+def lab(notebook: Annotated[str, typer.Argument(help="The notebook to open.")] = "00-start") -> None:
+    """Open JupyterLab on a notebook of the workbench.
+
+    Example: liqlab lab 02-memory-budget
+    """
+    from liqlab.report import notebook as find
+
+    path = find(notebook)
+    # Jupyter refuses to run as root unless told to; in a container that is who one is.
+    root = ["--allow-root"] if os.geteuid() == 0 else []
+    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", *root, str(path)])
+
+
+@app.command()
+def serve(options: Set = None, seconds: Annotated[float | None, typer.Option(help="Stop by itself.")] = None) -> None:
+    """Run a private Redis until Ctrl-C and print its URL.
+
+    Example: liqlab serve --set server.maxmemory=64mb
+    """
+    from liqlab.server import serve as start
+
+    with start(settings=_settings(options)) as running:
+        screen.print(running.url, soft_wrap=True)
+        log.print("Ctrl-C stops it and removes everything.")
+        with suppress(KeyboardInterrupt):
+            asyncio.run(asyncio.sleep(seconds if seconds is not None else 10**9))
+
+
+@app.command()
+def ingest(
+    feeds: Feeds = None,
+    feed: FeedOption = None,
+    form: Format = "auto",
+    symbol: Symbol = None,
+    exchange: Exchange = None,
+    columns: Map = None,
+    unit: Unit = None,
+    tz: Zone = None,
+    redis: Url = None,
+    expire: Annotated[bool, typer.Option(help="Let TTLs run on the feed's clock.")] = True,
+    options: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Write a feed into Redis: the one of LIQLAB_REDIS_URL, else a private one that is gone afterwards.
+
+    Example: liqlab ingest data/cascade-1h.jsonl.gz --set writer.layout=shared
+    """
+    from liqlab import budget as module
+    from liqlab import server
+    from liqlab.replay import ingest as play
+
+    chosen = _settings(options)
+    read = _read(_paths(feeds, feed), chosen, form, symbol, exchange, columns, unit, tz)
+
+    async def run(url: str) -> tuple[Any, Any]:
+        async with server.connect(url) as client:
+            with progress("ingest") as step:
+                done = await play(read, client, settings=chosen, expire=expire, progress=step)
+            with progress("measure") as step:
+                return done, await module.measure(client, settings=chosen, progress=step)
+
+    ingested, measured = _on_server(redis, chosen, run)
+    if as_json:
+        print_json({"feed": read.report.as_dict(), "ingest": ingested.as_dict(), "budget": measured.as_dict()})
+        return
+    screen.print(plain_table(read.report.table()))
+    screen.print(
+        f"{ingested.events:,} events in {ingested.seconds:.1f} s"
+        f" ({ingested.events / ingested.seconds:,.0f}/s); late {ingested.late:,}, trimmed by MAXLEN"
+        f" {ingested.trimmed:,}, keys expired {sum(ingested.expired.values()):,}, evicted {ingested.evicted:,}"
+    )
+    screen.print(budget_table(measured.as_dict()))
+
+
+@app.command()
+def budget(
+    redis: Url = None,
+    limit: Annotated[int, typer.Option(help="Keys measured in a family; more are sampled.")] = 5_000,
+    fail_on: FailOn = None,
+    options: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Where the bytes of a running Redis went, by family. Reads only.
+
+    Example: LIQLAB_REDIS_URL=redis://localhost:6379/0 liqlab budget --fail-on over-budget
+    """
+    from liqlab import budget as module
+    from liqlab import server
+
+    chosen = _settings(options)
+
+    async def run(url: str | None) -> Any:
+        async with server.connect(url, settings=chosen) as client:
+            with progress("measure") as step:
+                return await module.measure(client, settings=chosen, limit=limit, progress=step)
+
+    measured = asyncio.run(run(redis)).as_dict()
+    print_json(measured) if as_json else screen.print(budget_table(measured))
+    _fail(fail_on, measured["over"])
+
+
+@app.command()
+def synth(
+    profile: Annotated[str, typer.Option(help="quiet, normal or cascade.")] = "normal",
+    hours: Annotated[float, typer.Option(help="Length of the feed.")] = 24.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same feed.")] = 0,
+    rate_per_min: Annotated[float | None, typer.Option(help="Events a minute instead of the profile's.")] = None,
+    symbols: Annotated[int, typer.Option(help="How many symbols there are.")] = 400,
+    form: Annotated[str, typer.Option("--format", help="binance, bybit, okx or recorder.")] = "binance",
+    out: Annotated[Path, typer.Option(help="A .gz or .zst suffix compresses it.")] = Path("build/synthetic.jsonl.gz"),
+    options: Set = None,
+) -> None:
+    """Write a synthetic feed in a venue's own wire format.
+
+    Example: liqlab synth --profile normal --hours 24 --seed 0 --out build/normal-24h.jsonl.gz
+    """
+    from liqlab.feeds import FeedError
+    from liqlab.feeds.synth import synth as draw
+    from liqlab.feeds.wire import EXCHANGES, write_wire
+
+    if form not in EXCHANGES:
+        raise FeedError(f"--format {form!r}: a feed can be written as {', '.join(EXCHANGES)}")
+    events = draw(profile, hours=hours, seed=seed, rate_per_min=rate_per_min, symbols=symbols, exchange=EXCHANGES[form])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_wire(events, out, form, settings=_settings(options))
+    screen.print(f"{len(events):,} synthetic events ({profile}, seed {seed}): {out}", soft_wrap=True)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has, what is missing, and how to get it.
+
+    Example: liqlab doctor
+    """
+    from liqlab.cli.doctor import checks
+    from liqlab.server import redact
+
+    rows = list(checks())
+    if as_json:
+        print_json([{"check": name, "ok": ok, "detail": detail} for name, ok, detail in rows])
+    else:
+        table = Table(box=None, show_header=False)
+        for name, ok, detail in rows:
+            table.add_row("[green]ok[/green]" if ok else "[red]missing[/red]", name, redact(detail))
+        screen.print(table)
+    if not all(ok for _, ok, _ in rows):
+        raise typer.Exit(1)
+
+
+@feeds_app.command()
+def inspect(
+    feeds: Feeds = None,
+    feed: FeedOption = None,
+    form: Format = "auto",
+    symbol: Symbol = None,
+    exchange: Exchange = None,
+    columns: Map = None,
+    unit: Unit = None,
+    tz: Zone = None,
+    options: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Read a feed and say what is in it: read = accepted + duplicates + rejected.
+
+    Example: liqlab feeds inspect recording.csv --map ts_ms=timestamp,size=quantity --unit base
+    """
+    read = _read(_paths(feeds, feed), _settings(options), form, symbol, exchange, columns, unit, tz)
+    print_json(read.report.as_dict()) if as_json else screen.print(plain_table(read.report.table()))
+
+
+def _settings(options: list[str] | None) -> Settings:
+    """Turn ``writer.layout=shared`` into the keywords of `settings.load`."""
+    tree: dict[str, Any] = {}
+    for option in options or []:
+        name, separator, value = option.partition("=")
+        if not separator:
+            raise SettingsError(f"--set {option!r}: write it as NAME=VALUE, e.g. --set writer.layout=shared")
+        *sections, leaf = name.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
+    return settings.load(**tree)
+
+
+def _paths(feeds: list[str] | None, more: list[str] | None) -> list[str]:
+    paths = [*(more or []), *(feeds or [])]
+    if not paths:
+        raise typer.BadParameter("name at least one feed: a file, a folder or a glob", param_hint="FEED")
+    return paths
+
+
+def _read(
+    paths: list[str],
+    chosen: Settings,
+    form: str,
+    symbol: str | None,
+    exchange: str | None,
+    columns: str | None,
+    unit: str | None,
+    tz: str | None,
+) -> Any:
+    from liqlab.feeds import read_feed
+
+    names = dict(pair.split("=", 1) for pair in columns.split(",") if "=" in pair) if columns else None
+    with progress("read") as step:
+        return read_feed(
+            paths, form, symbol=symbol, exchange=exchange, columns=names, unit=unit, tz=tz, settings=chosen,
+            progress=step,
+        )  # fmt: skip
+
+
+def _on_server(url: str | None, chosen: Settings, run: Callable[[str], Coroutine[Any, Any, Any]]) -> Any:
+    """Run on the server that was named, else on a private one."""
+    from liqlab import server
+
+    with ExitStack() as stack:
+        if url is None and chosen.redis_url is not None:
+            url = chosen.redis_url.get_secret_value()
+        if url is None:
+            url = stack.enter_context(server.serve(settings=chosen)).url
+        return asyncio.run(run(url))
+
+
+def _fail(condition: str | None, over: list[str]) -> None:
+    if condition is None:
+        return
+    if condition != "over-budget":
+        raise typer.BadParameter(
+            f"{condition!r} is not a condition; the one there is: over-budget", param_hint="--fail-on"
+        )
+    if over:
+        log.print(f"over budget: {', '.join(over)}")
+        raise typer.Exit(OVER_BUDGET)

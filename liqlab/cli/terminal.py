@@ -1,0 +1,70 @@
+"""How results and progress look in a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+screen: Final = Console(highlight=False)
+# Standard error, so that --json and the path that `report` prints can be piped.
+log: Final = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on standard error, where that is a terminal, and clear it afterwards."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}%"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=log, transient=True, disable=not log.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+
+        def step(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield step
+
+
+def budget_table(measured: dict[str, Any]) -> Table:
+    """Show `Budget.as_dict()`, its total last."""
+    from liqlab.budget import human  # with pandas behind it, which `liqlab --help` can do without
+
+    table = Table(title=f"{human(measured['used_memory'])} of {human(measured['maxmemory'])} used")
+    for name in ("part", "keys", "members", "bytes", "", "budget", "used"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    for row in measured["shares"]:
+        used = row["used_pct"]
+        style = "red" if used is not None and used > 100 else ""
+        table.add_row(
+            row["part"], f"{row['keys']:,}", f"{row['members']:,}", f"{row['bytes']:,}", human(row["bytes"]),
+            human(row["budget_bytes"]), "" if used is None else f"{used:.1f} %", style=style,
+        )  # fmt: skip
+    total = sum(row["bytes"] for row in measured["shares"])
+    table.add_section()
+    table.add_row("used_memory", "", "", f"{total:,}", human(total), human(measured["maxmemory"]), "")
+    return table
+
+
+def print_json(value: Any) -> None:
+    """Print JSON on standard output, one line."""
+    screen.print(json.dumps(value, default=str, allow_nan=False), soft_wrap=True, markup=False)
+
+
+def plain_table(rows: pd.DataFrame) -> Table:
+    """Show a two-column DataFrame without its index."""
+    table = Table(box=None, show_header=False)
+    for name, value in rows.itertuples(index=False):
+        table.add_row(str(name), str(value))
+    return table

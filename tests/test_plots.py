@@ -1,0 +1,289 @@
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from liqlab import budget, plots
+from liqlab.budget import UNATTRIBUTED, Budget
+from liqlab.clock import DAY_MS, HOUR_MS, MINUTE_MS
+from liqlab.events import empty, event_table
+from liqlab.feeds.synth import synth
+from liqlab.replay import Ingested, ingest
+from liqlab.settings import Thresholds, load
+
+T0 = 1_790_812_800_000  # 2026-10-01 00:00 UTC
+
+
+@pytest.fixture
+async def measured(default_redis) -> Budget:
+    await ingest(synth("normal", hours=0.5, seed=3), default_redis, settings=load())
+    await default_redis.set("someone:else", "x" * 1000)
+    return await budget.measure(default_redis)
+
+
+def table_of(sizes: dict[str, int], *, maxmemory: int = 1_000_000, used: int = 0) -> Budget:
+    """A budget with given bytes a family, for figures that a real server would take long to reach."""
+    families = pd.DataFrame(
+        [(name, "streams" if name == "events" else "misc", 1, 1, size, 0) for name, size in sizes.items()],
+        columns=["family", "share", "keys", "members", "bytes", "error_bytes"],
+    ).set_index("family")
+    families["bytes_per_member"] = families["bytes"] / families["members"]
+    table = families.groupby("share")[["keys", "members", "bytes", "error_bytes"]].sum()
+    table = table.reindex(["streams", "misc", UNATTRIBUTED], fill_value=0)
+    table.loc[UNATTRIBUTED, "bytes"] = used - table["bytes"].sum() if used else 0
+    table["share"] = [0.5, 0.3, 0.2]
+    table["budget_bytes"] = (table["share"] * maxmemory).astype("int64")
+    table["used_pct"] = 100 * table["bytes"] / table["budget_bytes"]
+    keys = [(name, f"{name}:1", "string", 1, size) for name, size in sizes.items()]
+    keys = pd.DataFrame(keys, columns=["family", "key", "type", "members", "bytes"])
+    return Budget(table, families, keys, int(table["bytes"].sum()), maxmemory, pd.Series({"other": 0}))
+
+
+def trace(figure, name):
+    return next(trace for trace in figure.data if trace.name == name)
+
+
+def words(figure) -> str:
+    title = figure.layout.title
+    return f"{title.text} {title.subtitle.text}".replace("<br>", " ").replace("\N{NO-BREAK SPACE}", " ")
+
+
+# The budget
+
+
+def test_the_bars_agree_with_the_table_to_the_byte(measured):
+    figure = plots.budget_bars(measured)
+    used = trace(figure, "used")
+    drawn = pd.DataFrame(used.customdata, columns=["part", "family", "keys", "bytes"])
+    whole = drawn.pop("part").eq("whole server")
+    assert drawn.loc[whole, "bytes"].tolist() == [measured.used_memory]
+
+    drawn["part"] = [row[0] for row in used.customdata]
+    parts = drawn[~whole].groupby("part")["bytes"].sum().reindex(measured.table.index, fill_value=0)
+    assert parts.to_dict() == measured.table["bytes"].to_dict()
+    assert parts.sum() == measured.used_memory
+    families = drawn[~whole & (drawn["part"] != UNATTRIBUTED)].set_index("family")
+    assert families["bytes"].to_dict() == measured.families["bytes"].to_dict()
+    assert families["keys"].to_dict() == measured.families["keys"].to_dict()
+
+
+def test_a_bar_is_as_long_as_its_share_is_full(measured):
+    used = trace(plots.budget_bars(measured), "used")
+    ends = pd.Series(used.base) + pd.Series(used.x)
+    for row, (part, share) in enumerate(measured.table.iterrows()):
+        of_row = [end for y, end in zip(used.y, ends, strict=True) if y == row]
+        wanted = 0 if np.isnan(share["used_pct"]) else share["used_pct"]
+        assert max(of_row, default=0) == pytest.approx(wanted), part
+    assert ends.iloc[-1] == pytest.approx(100 * measured.used_memory / measured.maxmemory)
+
+
+def test_each_bar_says_what_it_is(measured):
+    labels = [annotation.text for annotation in plots.budget_bars(measured).layout.annotations]
+    assert len(labels) == len(measured.table) + 1
+    assert any("percentile" in label and "0 B of 48.00 MiB" in label and "no keys" in label for label in labels)
+    assert any("buffer" in label and "of 28.80 MiB" in label for label in labels)
+    assert any("foreign" in label and "no share pays" in label for label in labels)
+    assert any("whole server" in label and "of 240.00 MiB" in label for label in labels)
+
+
+def test_the_lines_are_the_thresholds(measured):
+    figure = plots.budget_bars(measured, thresholds=Thresholds(trim=0.5, halve=0.6, emergency=0.7))
+    assert [shape.x0 for shape in figure.layout.shapes] == [50, 60, 70]
+    assert [shape.x0 for shape in plots.budget_bars(measured).layout.shapes] == [75, 85, 90]
+    assert "50 % trim, 60 % halve, 70 % emergency" in words(figure)
+
+
+def test_a_share_over_its_budget_is_named_and_fits():
+    full = table_of({"events": 1_200_000, "writer": 10})
+    figure = plots.budget_bars(full)
+    assert full.over == ["streams"]
+    assert "Over budget: streams" in words(figure)
+    assert figure.layout.xaxis.range[1] > 240
+
+
+def test_the_treemap_adds_up_to_what_is_attributed(measured):
+    tree = plots.key_treemap(measured).data[0]
+    tiles = pd.DataFrame({"id": tree.ids, "parent": tree.parents, "value": tree.values, "label": tree.labels})
+    assert tiles["id"].is_unique
+    roots = tiles[tiles["parent"] == ""].set_index("id")["value"]
+    assert roots.to_dict() == measured.families["bytes"].to_dict()
+    assert roots.sum() == measured.used_memory - measured.table.loc[UNATTRIBUTED, "bytes"]
+    children = tiles[tiles["parent"] != ""].groupby("parent")["value"].sum()
+    assert children.to_dict() == roots.to_dict()
+    assert (tiles["value"] > 0).all()
+
+
+def test_the_treemap_counts_the_keys_without_a_tile(measured):
+    tree = plots.key_treemap(measured, keys=5).data[0]
+    label = tree.labels[tree.ids.index("candle/")]
+    assert label.startswith(f"{measured.families.loc['candle', 'keys'] - 5:,} other keys")
+    top = measured.keys[measured.keys["family"] == "candle"].head(5)
+    assert [tree.values[tree.ids.index(f"candle/{key}")] for key in top["key"]] == top["bytes"].tolist()
+
+
+async def test_the_treemap_of_a_sample_adds_up_too(default_redis):
+    await ingest(synth("normal", hours=0.2, seed=3), default_redis)
+    sampled = await budget.measure(default_redis, limit=7)
+    tree = plots.key_treemap(sampled).data[0]
+    roots = {i: v for i, p, v in zip(tree.ids, tree.parents, tree.values, strict=True) if p == ""}
+    assert roots == sampled.families["bytes"].to_dict()
+    for root, size in roots.items():
+        assert sum(v for p, v in zip(tree.parents, tree.values, strict=True) if p == root) == size
+
+
+async def test_a_key_cannot_write_html_into_the_picture(default_redis):
+    await default_redis.set("<a href='javascript:alert(1)'>x</a>", 1)
+    labels = plots.key_treemap(await budget.measure(default_redis)).data[0].labels
+    assert not [label for label in labels if "<a" in label]
+    assert [label for label in labels if "&lt;a href" in label]
+
+
+async def test_a_server_without_keys_has_a_treemap(default_redis):
+    assert "No keys" in words(plots.key_treemap(await budget.measure(default_redis)))
+
+
+# Memory through the feed
+
+
+def played(used: list[int]) -> Ingested:
+    times = [T0 + MINUTE_MS * i for i in range(len(used))]
+    timeline = pd.DataFrame({"ts_ms": times, "events": range(len(used)), "used_memory": used, "keys": 1})
+    return Ingested(len(used), 0, 0, {}, 0, 1.0, timeline)
+
+
+def test_memory_over_time_of_a_small_feed_is_not_flattened_by_far_limits():
+    figure = plots.memory_over_time(played([1 << 20, 5 << 20, 2 << 20]), table_of({"events": 9}, maxmemory=10**9))
+    line = trace(figure, "used_memory")
+    assert list(line.customdata) == [1 << 20, 5 << 20, 2 << 20]
+    assert max(line.y) == 5
+    assert figure.layout.yaxis.range[1] < 6
+    assert not figure.layout.shapes
+    assert "5.00 MiB, 0.5 %" in words(figure)
+    assert "far above" in words(figure)
+    assert list(trace(figure, "events so far").y) == [0, 1, 2]
+    assert str(line.x[1]).startswith("2026-10-01T00:01")
+
+
+def test_memory_over_time_of_a_full_server_shows_the_limits():
+    figure = plots.memory_over_time(played([10, 8 << 20]), table_of({"events": 9}, maxmemory=10 << 20))
+    assert [shape.y0 for shape in figure.layout.shapes] == pytest.approx([7.5, 8.5, 9, 10])
+    assert figure.layout.yaxis.range[1] > 10
+
+
+async def test_memory_over_time_draws_what_an_ingest_saw(default_redis):
+    done = await ingest(synth("quiet", hours=1, seed=3), default_redis)
+    figure = plots.memory_over_time(done, await budget.measure(default_redis))
+    assert list(trace(figure, "used_memory").customdata) == done.timeline["used_memory"].tolist()
+    assert trace(figure, "events so far").y[-1] == done.events
+
+
+# The feed
+
+
+def events_at(times, sides=None, notional=1.0) -> pd.DataFrame:
+    n = len(times)
+    return event_table(times, ["x"] * n, ["A"] * n, sides or ["sell"] * n, [1.0] * n, [1.0] * n, [notional] * n)
+
+
+def bars(figure) -> pd.DataFrame:
+    sides = {side: trace(figure, plots.SIDE_NAMES[side]) for side in plots.SIDE_COLORS}
+    first = sides["sell"]
+    times = pd.to_datetime(first.x0 + first.dx * np.arange(len(first.y)) - first.dx // 2, unit="ms")
+    return pd.DataFrame({side: np.asarray(bar.y) for side, bar in sides.items()}, index=times)
+
+
+def test_events_per_minute_counts_every_event_once_and_gaps_as_zero():
+    times = [T0, T0 + 59_999, T0 + 60_000, T0 + 5 * MINUTE_MS]
+    drawn = bars(plots.events_per_minute(events_at(times, ["sell", "buy", "sell", "buy"])))
+    assert drawn["sell"].tolist() == [1, 1, 0, 0, 0, 0]
+    assert drawn["buy"].tolist() == [1, 0, 0, 0, 0, 1]
+    assert drawn.index[0] == pd.Timestamp("2026-10-01 00:00")
+
+
+@pytest.mark.parametrize(
+    ("days", "width"),
+    [(0, "1-minute"), (1, "1-minute"), (3, "5-minute"), (60, "1-hour"), (400, "12-hour"), (9000, "7-day")],
+)
+def test_bars_widen_with_the_feed_and_the_rate_stays_a_minute_s(days, width):
+    times = [T0 + days * DAY_MS * i // 999 for i in range(1000)]
+    figure = plots.events_per_minute(events_at(times))
+    drawn = bars(figure)
+    assert len(drawn) <= plots.MAX_BARS
+    assert f"{width} bars" in words(figure)
+    minutes = trace(figure, plots.SIDE_NAMES["sell"]).dx / MINUTE_MS
+    assert drawn["sell"].sum() * minutes == pytest.approx(1000)
+
+
+def test_notional_per_minute_adds_up_to_the_feed():
+    feed = synth("normal", hours=3, seed=5)
+    figure = plots.notional_per_minute(feed)
+    drawn = bars(figure)
+    unit = {"million": 1e6, "thousand": 1e3}[figure.layout.yaxis.title.text.split()[0]]
+    for side in ("sell", "buy"):
+        assert drawn[side].sum() * unit == pytest.approx(feed.loc[feed["side"] == side, "notional"].sum())
+    assert "USD a minute" in figure.layout.yaxis.title.text
+    assert "UTC" in figure.layout.xaxis.title.text
+
+
+def test_the_title_names_the_peak():
+    times = [T0 + HOUR_MS * i for i in range(3)] + [T0 + 90 * MINUTE_MS + i for i in range(7)]
+    text = words(plots.events_per_minute(events_at(sorted(times))))
+    assert "7 at the peak" in text
+    assert "01 Oct 01:30" in text
+
+
+def test_sides_have_the_same_colors_everywhere():
+    feed = synth("quiet", hours=2, seed=5)
+    for figure in (plots.events_per_minute(feed), plots.notional_per_minute(feed), plots.top_symbols(feed)):
+        for bar in figure.data:
+            side = "sell" if "sell" in bar.name else "buy"
+            assert bar.marker.color == plots.SIDE_COLORS[side]
+    assert plots.SIDE_COLORS["sell"] != plots.SIDE_COLORS["buy"]
+
+
+def test_top_symbols_are_the_largest_by_notional():
+    feed = synth("normal", hours=2, seed=5)
+    figure = plots.top_symbols(feed, n=7)
+    wanted = feed.groupby("symbol", observed=True)["notional"].sum().nlargest(7)
+    assert list(figure.data[0].y) == wanted.index.tolist()
+    sell_usd, sell_count, buy_usd, buy_count = figure.data
+    assert np.add(sell_usd.customdata, buy_usd.customdata) == pytest.approx(wanted.to_numpy())
+    counts = feed["symbol"].value_counts()[wanted.index]
+    assert np.add(sell_count.x, buy_count.x).tolist() == counts.tolist()
+    assert f"The 7 largest of {feed['symbol'].nunique()} symbols" in words(figure)
+
+
+def test_top_symbols_leaves_out_categories_without_events():
+    feed = synth("quiet", hours=2, seed=5)
+    some = feed[feed["symbol"].isin(["BTCUSDT", "ETHUSDT"])].reset_index(drop=True)
+    assert sorted(plots.top_symbols(some).data[0].y) == ["BTCUSDT", "ETHUSDT"]
+
+
+@pytest.mark.parametrize("draw", [plots.events_per_minute, plots.notional_per_minute, plots.top_symbols])
+def test_a_feed_without_events_is_said_to_be_one(draw):
+    assert "No events" in words(draw(empty()))
+
+
+@pytest.mark.parametrize("draw", [plots.events_per_minute, plots.notional_per_minute, plots.top_symbols])
+def test_one_event_can_be_drawn(draw):
+    assert draw(events_at([T0])).data
+
+
+# All of them
+
+
+def test_figures_of_a_day_are_small_and_their_titles_fit_a_phone(measured):
+    day = synth("normal", hours=24, seed=1)
+    figures = [plots.events_per_minute(day), plots.notional_per_minute(day), plots.top_symbols(day)]
+    figures += [plots.budget_bars(measured), plots.key_treemap(measured)]
+    figures.append(plots.memory_over_time(played([1_000_000] * 240), measured))
+    assert len(day) == 144_000
+    for figure in figures:
+        assert len(json.dumps(json.loads(figure.to_json()))) < 60_000
+        assert figure.layout.template.layout.font.family == plots.TEMPLATE.layout.font.family
+        for line in figure.layout.title.text.split("<br>"):
+            assert len(line) <= 40
+        for line in figure.layout.title.subtitle.text.split("<br>"):
+            assert len(re.sub("<.*?>", "", line)) <= 54
