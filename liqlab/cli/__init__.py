@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import threading
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -129,11 +130,11 @@ def serve(options: Set = None, seconds: Annotated[float | None, typer.Option(hel
     """
     from liqlab.server import serve as start
 
-    with start(settings=_settings(options)) as running:
+    # Ctrl-C is the ordinary end, as soon as the URL can be read.
+    with suppress(KeyboardInterrupt), start(settings=_settings(options)) as running:
         screen.print(running.url, soft_wrap=True)
         log.print("Ctrl-C stops it and removes everything.")
-        with suppress(KeyboardInterrupt):
-            asyncio.run(asyncio.sleep(seconds if seconds is not None else 10**9))
+        threading.Event().wait(seconds)
 
 
 @app.command()
