@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -41,9 +42,9 @@ def budget_table(measured: dict[str, Any]) -> Table:
     """Show `Budget.as_dict()`, its total last."""
     from liqlab.budget import human  # with pandas behind it, which `liqlab --help` can do without
 
-    table = Table(title=f"{human(measured['used_memory'])} of {human(measured['maxmemory'])} used")
+    table = Table(title=f"{human(measured['used_memory'])} of {human(measured['maxmemory'])} used", box=box.SIMPLE_HEAD)
     for name in ("part", "keys", "members", "bytes", "", "budget", "used"):
-        table.add_column(name, justify="left" if name == "part" else "right")
+        table.add_column(name, justify="left" if name == "part" else "right", no_wrap=True)
     for row in measured["shares"]:
         used = row["used_pct"]
         style = "red" if used is not None and used > 100 else ""
