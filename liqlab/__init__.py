@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from liqlab import budget, plots, schema
+    from liqlab.archive import history, seal
     from liqlab.events import Event
     from liqlab.feeds import Feed, iter_feed, read_feed, write_feed
     from liqlab.feeds.synth import synth
@@ -28,12 +29,14 @@ _HOMES = {
     "Writer": "writer",
     "budget": "",
     "connect": "server",
+    "history": "archive",
     "ingest": "replay",
     "iter_feed": "feeds",
     "load_settings": "settings:load",
     "plots": "",
     "read_feed": "feeds",
     "schema": "",
+    "seal": "archive",
     "serve": "server",
     "synth": "feeds.synth",
     "write_feed": "feeds",
@@ -46,12 +49,14 @@ __all__ = [
     "Writer",
     "budget",
     "connect",
+    "history",
     "ingest",
     "iter_feed",
     "load_settings",
     "plots",
     "read_feed",
     "schema",
+    "seal",
     "serve",
     "synth",
     "write_feed",

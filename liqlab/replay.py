@@ -18,13 +18,15 @@ import pandas as pd
 from redis.asyncio import Redis
 
 from liqlab import clock, schema
+from liqlab.archive import count, seal
 from liqlab.events import EventError, check
 from liqlab.feeds import Feed
-from liqlab.settings import Settings, load
+from liqlab.settings import Journal, Settings, load
 from liqlab.writer import Writer
 
 _SAMPLES: Final = 240  # points of the timeline: as many as a picture shows
 _UNLINK: Final = 500
+_SEAL_MS: Final = 5 * clock.MINUTE_MS
 
 Progress = Callable[[int, int], None]
 
@@ -41,6 +43,10 @@ class Ingested:
         Events that were older than one already in their stream; kept, with their own time.
     trimmed : int
         Events that MAXLEN pushed out of their stream again.
+    sealed : int
+        Events that were moved into blocks.
+    held : int
+        Events that Redis has at the end, hot and sealed.
     expired : dict of str to int
         Keys removed because their time was up on the feed's clock, by family.
     evicted : int
@@ -54,6 +60,8 @@ class Ingested:
     events: int
     late: int
     trimmed: int
+    sealed: int
+    held: int
     expired: dict[str, int]
     evicted: int
     seconds: float
@@ -70,6 +78,7 @@ async def ingest(
     *,
     settings: Settings | None = None,
     expire: bool = True,
+    sealing: bool = True,
     progress: Progress | None = None,
 ) -> Ingested:
     """Write a feed through the real writer, as fast as the server takes it, in event time.
@@ -84,6 +93,8 @@ async def ingest(
         `liqlab.settings.load()` when absent.
     expire : bool
         Whether TTLs run on the feed's clock; False keeps everything that was written.
+    sealing : bool
+        Whether events are sealed into blocks once they have left the hot window, on the feed's clock too.
     progress : callable, optional
         Called with (events written, events in all).
 
@@ -98,7 +109,8 @@ async def ingest(
     WriterError
         The server refused a batch, for one because it is at maxmemory; what was written stays.
     """
-    settings = settings or load()
+    # A live writer's journal is none of a replay's business.
+    settings = (settings or load()).model_copy(update={"journal": Journal()})
     events = check(feed.events if isinstance(feed, Feed) else feed)
     if events.empty:
         reasons = f"; its reader rejected {sum(feed.report.rejected.values())} rows" if isinstance(feed, Feed) else ""
@@ -111,19 +123,26 @@ async def ingest(
     began, evicted = clock.elapsed_s(), await _evicted(redis)
     writer, expiry = Writer(redis, settings=settings), _Expiry(events, settings)
     timeline: list[dict[str, int]] = []
+    sealing, sealed, next_seal_ms = sealing and settings.writer.strategy == "script", 0, 0
     async for start, stop in writer.write_slices(events, stops):
         if expire:
             expiry.touch(start, stop)
         if len(timeline) * every <= bisect_left(stops, stop) or stop == len(events):
             timeline.append(await _point(redis, times[stop - 1], stop))
+        now_ms = (int(minutes[stop]) if stop < len(events) else int(minutes[-1]) + 1) * clock.MINUTE_MS
+        if sealing and (now_ms >= next_seal_ms or stop == len(events)):
+            sealed += (await seal(redis, now_ms=now_ms, settings=settings)).events
+            next_seal_ms = now_ms + _SEAL_MS
         if expire and stop < len(events):
-            await expiry.run(redis, int(minutes[stop]) * clock.MINUTE_MS)
+            await expiry.run(redis, now_ms)
         if progress:
             progress(stop, len(events))
     return Ingested(
         events=writer.counts.written,
         late=writer.counts.late,
         trimmed=writer.counts.trimmed,
+        sealed=sealed,
+        held=await count(redis, settings=settings),
         expired=expiry.expired,
         evicted=await _evicted(redis) - evicted,
         seconds=clock.elapsed_s() - began,
@@ -145,13 +164,18 @@ class _Expiry:
         self._names = []
         for symbol in events["symbol"].cat.categories:
             shard = schema.shard_of(symbol, settings.shards)
-            stream = None if settings.writer.layout == "shared" else symbol
+            streams = {
+                "shared": (schema.BY_NAME["events"].key(shard=shard),),
+                "per_symbol": (schema.BY_NAME["events"].key(symbol, shard=shard),),
+            }
             self._names.append(
                 (
-                    schema.BY_NAME["events"].key(stream, shard=shard),
+                    streams.get(settings.writer.layout, (*streams["shared"], *streams["per_symbol"])),
                     schema.BY_NAME["vwap"].key(symbol, shard=shard),
-                    schema.BY_NAME["candle"].key(symbol, bucket=0, shard=shard).removesuffix("0"),
+                    schema.BY_NAME["candle"].head(symbol, shard=shard),
+                    schema.BY_NAME["percentile"].head(symbol, shard=shard),
                     schema.BY_NAME["unique_symbols"].key(shard=shard),
+                    schema.BY_NAME["blocks"].key(shard=shard),
                 )
             )
 
@@ -160,10 +184,13 @@ class _Expiry:
         minute = int(self._times[start]) // schema.BY_NAME["candle"].bucket_ms
         last = dict(zip(self._codes[start:stop].tolist(), self._times[start:stop].tolist(), strict=True))
         for code, ts_ms in last.items():
-            stream, vwap, candle, unique = self._names[code]
-            self._set("events", stream, ts_ms)
+            streams, vwap, candle, percentile, unique, blocks = self._names[code]
+            for stream in streams:
+                self._set("events", stream, ts_ms)
+            self._set("blocks", blocks, ts_ms)
             self._set("vwap", vwap, ts_ms)
             self._set("candle", f"{candle}{minute}", ts_ms)
+            self._set("percentile", f"{percentile}{ts_ms // schema.BY_NAME['percentile'].bucket_ms}", ts_ms)
             if unique not in self._deadlines:  # counts an hour from its first symbol; later ones do not prolong it
                 self._set("unique_symbols", unique, ts_ms)
 

@@ -85,20 +85,25 @@ class Family:
             words.insert(1, f"{{{shard}}}")
         return ":".join(words)
 
+    def head(self, symbol: str, *, shard: int | None = None) -> str:
+        """Return what all keys of a symbol begin with, up to BUCKET: a head and a number make a key, quickly."""
+        return self.key(symbol, bucket=0, shard=shard)[:-1]
+
     @property
     def regex(self) -> re.Pattern[str]:
         """A pattern that matches the family's keys, with or without a shard tag."""
         head, *rest = self.pattern.split(":")
         words = {"SYMBOL": _SYMBOL, "SIDE": "(?:buy|sell)", "BUCKET": r"\d+", "*": ".*"}
         tail = "".join(":" + words.get(word, re.escape(word)) for word in rest)
-        if self.pattern.endswith(":SYMBOL") and self.name in ("events", "blocks"):
+        if self.name == "events":  # the stream that symbols share is named by the head alone
             tail = f"(?:{tail})?"
         return re.compile(rf"{re.escape(head)}(?::\{{\d+\}})?{tail}", re.DOTALL)
 
 
 FAMILIES: Final = (
     Family("events", "liq:SYMBOL", "stream", "events_s", "streams", "recent events, ID = event ms + sequence"),
-    Family("blocks", "liqb:SYMBOL", "stream", "events_s", "streams", "compressed blocks of older events"),
+    Family("blocks", "liqb", "stream", "events_s", "streams", "compressed blocks of older events, of all symbols"),
+    Family("names", "liqid", "list", None, "streams", "symbols and exchanges by number", critical=True),
     Family(
         "vwap", "vwap:SYMBOL", "hash", "vwap_s", "vwap", "price_sum (of price x size), volume_sum, count, last_update"
     ),

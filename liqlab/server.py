@@ -204,6 +204,8 @@ def directives(settings: Settings) -> dict[str, str]:
         | {"tcp-backlog": "511", "tcp-keepalive": "300", "timeout": "0", "databases": "2", "maxclients": "100"}
         | {"hash-max-listpack-entries": "512", "hash-max-listpack-value": "64", "list-max-listpack-size": "-2"}
         | {"zset-max-listpack-entries": "128", "zset-max-listpack-value": "64", "set-max-intset-entries": "512"}
+        | {"stream-node-max-bytes": str(settings.server.stream_node_max_bytes)}
+        | {"stream-node-max-entries": str(settings.server.stream_node_max_entries)}
         | {"lazyfree-lazy-eviction": "yes", "lazyfree-lazy-expire": "yes", "lazyfree-lazy-server-del": "yes"}
         | {"replica-lazy-flush": "yes", "activerehashing": "yes", "hz": "100"}
         # A latency histogram takes 24 KB for every command that was ever called: 0.5 MB that nobody here reads.

@@ -82,6 +82,7 @@ class Budget(_Section):
 class Retention(_Section):
     """How long each family is kept, in seconds, and how many entries a symbol's or the shared stream."""
 
+    hot_s: PositiveInt = 900
     events_s: PositiveInt = 2_592_000  # a backstop: the caps below, and later bytes, bound a busy stream long before
     events_maxlen: PositiveInt = 10_000
     shared_maxlen: PositiveInt = 1_000_000
@@ -118,13 +119,28 @@ class Thresholds(_Section):
 
 
 class Writer(_Section):
-    """When the writer sends a batch: at `batch_events`, or `batch_ms` after the first of them."""
+    """When the writer sends a batch (at `batch_events`, or `batch_ms` after the first of them), and in what form."""
 
+    strategy: Literal["script", "pipeline", "single"] = "script"
     batch_events: Annotated[int, Field(ge=1, le=20_000)] = 50
     batch_ms: PositiveFloat = 100.0
+    batch_bytes: Annotated[ByteSize, Field(ge=64 << 10, le=64 << 20)] = 1 << 20
     bulk_events: Annotated[int, Field(ge=1, le=50_000)] = 5_000
     queue_events: PositiveInt = 100_000
-    layout: Literal["per_symbol", "shared"] = "per_symbol"
+    check_s: PositiveFloat = 1.0
+    layout: Literal["shared", "per_symbol", "hybrid"] = "shared"
+    hybrid_events: PositiveInt = 2_000
+    codec: Literal["ints", "fields", "struct19", "msgpack", "json"] = "ints"
+    block_codec: Literal["block", "msgpack-zlib"] = "block"
+    block_bytes: Annotated[ByteSize, Field(ge=1 << 10, le=1 << 20)] = 16 << 10
+
+
+class Journal(_Section):
+    """Where events wait that Redis cannot take; without a path they wait in memory, and `write` waits with them."""
+
+    path: Path | None = None
+    mode: Literal["spool", "wal"] = "spool"
+    max_bytes: Annotated[ByteSize, Field(ge=1 << 20)] = 64 << 20
 
 
 class Server(_Section):
@@ -133,6 +149,8 @@ class Server(_Section):
     binary: Path | None = None
     maxmemory: ByteSize = 240 << 20
     maxmemory_policy: Literal["volatile-ttl", "noeviction"] = "volatile-ttl"
+    stream_node_max_bytes: Annotated[ByteSize, Field(ge=256, le=64 << 10)] = 4 << 10
+    stream_node_max_entries: Annotated[int, Field(ge=1, le=10_000)] = 200
 
     @field_validator("maxmemory")
     @classmethod
@@ -172,6 +190,7 @@ class Settings(BaseSettings):
     retention: Retention = Retention()
     thresholds: Thresholds = Thresholds()
     writer: Writer = Writer()
+    journal: Journal = Journal()
     server: Server = Server()
     feeds: Feeds = Feeds()
 

@@ -1,10 +1,13 @@
 """Events into Redis: one server-side call a batch (one a shard), atomic, with explicit IDs, safe to repeat.
 
 A batch carries its writer's sequence number, and the server remembers the last one that it took: a batch that is sent
-again because its reply was lost changes nothing. `write.lua` is the server's half.
+again because its reply was lost changes nothing. `write.lua` is the server's half, `liqlab.link` the way there.
 
-An event's stream ID is its time and a sequence number. An event that comes late, after a newer one of the same stream,
-takes the next free ID at the end of the stream and carries its own time in the field ``t``.
+With a journal, what the server cannot take waits on disk and follows in order; see docs/faults.md.
+
+An event's stream ID is its time and a sequence number. An event that comes late, after a newer one of the same stream
+or after events of its time were sealed, takes the next free ID at the end of the stream and carries its own time in the
+field ``t``.
 """
 
 from __future__ import annotations
@@ -12,82 +15,90 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass, field
-from importlib.resources import files
+from contextlib import suppress
+from itertools import islice
 from types import TracebackType
 from typing import Final
 
-import numpy as np
 import pandas as pd
 from redis.asyncio import Redis
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import OutOfMemoryError, RedisError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.exceptions import RedisError
 
-from liqlab import clock, schema
-from liqlab.codecs.batch import Columns, pack
-from liqlab.events import Event, check, check_event
+from liqlab import clock
+from liqlab.breaker import Breaker, State
+from liqlab.codecs import CodecError
+from liqlab.events import Columns, Event, check, check_event
+from liqlab.journal import Journal, JournalError
+from liqlab.link import Batch, Busy, Counts, Link, MemoryLostError, why
 from liqlab.settings import Settings, load
 
-_SCRIPT: Final = files("liqlab").joinpath("write.lua").read_text()
-_ATTEMPTS: Final = 3
-_BACKOFF_S: Final = 0.05
 _RETRY_S: Final = 0.5
+_DRAINED: Final = 20  # batches of the journal read at a time
 
 
 class WriterError(RuntimeError):
     """A batch could not be written; the message says why and how many events wait."""
 
 
-@dataclass
-class Counts:
-    """What a writer has done: offered = written + those that wait."""
-
-    offered: int = 0
-    written: int = 0
-    late: int = 0
-    trimmed: int = 0
-    batches: int = 0
-    resent: int = 0
-
-
-@dataclass
-class _Batch:
-    """A numbered batch. It keeps its number until the server has taken all of it, whatever goes wrong."""
-
-    seq: int
-    events: int
-    calls: list[tuple[list[str], bytes]]  # one a shard: KEYS and ARGV[1] of write.lua
-    waiters: list[asyncio.Future[None]] = field(default_factory=list)
-
-
 class Writer:
     """Writes events to Redis, singly (`write`, which batches them) or as tables (`write_table`).
 
-    Use it as ``async with Writer(redis) as writer:``; leaving the block flushes what waits.
+    Leaving ``async with Writer(redis) as writer:`` flushes what waits.
 
     Parameters
     ----------
     redis : redis.asyncio.Redis
         From `liqlab.connect`, whose own retries are off: this class repeats a batch safely, redis-py does not.
     settings : Settings, optional
-        `writer`, `retention` and `shards` are read; `liqlab.settings.load()` when absent.
+        `writer`, `journal`, `retention`, `thresholds` and `shards` are read; `liqlab.settings.load()` when absent.
+
+    Attributes
+    ----------
+    counts : Counts
+        At every moment ``offered = written + journaled + rejected + waiting``.
+    journaled : int
+        Events that wait in the journal.
+    journal : Journal or None
+        Where `journal.path` names a file; `JournalError` when it cannot be opened.
+    breaker : Breaker or None
+        There is one where there is a journal: without one, nothing could be done with what it holds back.
     """
 
     def __init__(self, redis: Redis, *, settings: Settings | None = None) -> None:
-        self.settings = settings or load()
+        self.settings = settings = settings or load()
         self.counts = Counts()
-        self._script = redis.register_script(_SCRIPT)
-        self._name = clock.token()
-        self._seq = 0
-        self._in_flight: _Batch | None = None
-        self._waiting: deque[tuple[Event, float, asyncio.Future[None]]] = deque()
+        self.journal: Journal | None = None
+        self.breaker: Breaker | None = None
+        self.journaled = 0
+        self._unsure = False  # whether the server may have forgotten what an earlier process wrote
+        name, self._seq = clock.token(), 0
+        if settings.journal.path is not None:
+            self.journal = Journal(
+                settings.journal.path,
+                mode=settings.journal.mode,
+                max_bytes=settings.journal.max_bytes,
+                window_ms=settings.retention.hot_s * 1000,
+            )
+            self.breaker = Breaker(thresholds=settings.thresholds, check_s=settings.writer.check_s)
+            name, self._seq = self.journal.writer, self.journal.last_seq
+            self.counts.offered = self.journaled = self.journal.waiting
+            self._unsure = self.journal.mode == "wal"
+        self._redis = redis
+        self._link = Link(redis, settings, name, self.counts)
+        self._in_flight: deque[Batch] = deque()
+        self._waiting: deque[tuple[Event, float, bool, asyncio.Future[None]]] = deque()
+        self._busy = Busy(settings) if settings.writer.layout == "hybrid" else None
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._sending = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._closing = False
         self._error: WriterError | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Events in memory, neither in Redis nor in the journal."""
+        return len(self._waiting) + sum(len(batch.events) for batch in self._in_flight if not batch.journaled)
 
     async def __aenter__(self) -> Writer:
         self._task = asyncio.create_task(self._run())
@@ -101,15 +112,21 @@ class Writer:
         if self._task is not None:
             await self._task
             self._task = None
-        await self.flush()
+        try:
+            await self.flush()
+        finally:
+            self.close()
 
-    async def write(self, event: Event) -> asyncio.Future[None]:
+    def close(self) -> None:
+        """Close the journal, which another writer may then open; a writer without one has nothing to close."""
+        if self.journal:
+            self.journal.close()
+
+    async def write(self, event: Event, *, critical: bool = False) -> asyncio.Future[None]:
         """Hand one event over; waits only while `writer.queue_events` others do.
 
-        Returns
-        -------
-        asyncio.Future
-            Done when the server has acknowledged the event: await it for certainty, or let it go.
+        What it returns is done when the event is in Redis, or safe in the journal: await it for certainty, or let it
+        go. `critical` ones go to Redis even while the breaker is half-open.
 
         Raises
         ------
@@ -122,34 +139,56 @@ class Writer:
         """
         if self._task is None:
             raise RuntimeError("single events need `async with Writer(redis) as writer:`; write_table does not")
-        check_event(event)
-        while len(self._waiting) >= self.settings.writer.queue_events:
-            if self._error is not None:
-                raise self._error
-            self._room.clear()
-            await self._room.wait()
-        acknowledged: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((event, clock.elapsed_s(), acknowledged))
         self.counts.offered += 1
+        try:
+            check_event(event)
+            while len(self._waiting) >= self.settings.writer.queue_events:
+                if self._error is not None:
+                    raise self._error
+                self._room.clear()
+                await self._room.wait()
+        except BaseException:
+            self.counts.rejected += 1
+            raise
+        acknowledged: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((event, clock.elapsed_s(), critical, acknowledged))
         if len(self._waiting) in (1, self.settings.writer.batch_events):
             self._wake.set()
         return acknowledged
 
     async def flush(self) -> None:
-        """Send everything that waits and return when the server has acknowledged it.
+        """Send everything that waits and return when it is in Redis or safe in the journal.
 
         Raises
         ------
         WriterError
-            The server refused a batch or cannot be reached; what waits goes on waiting.
+            The server refused a batch or cannot be reached, and there is no journal or it is full; what waits goes on
+            waiting.
         """
         async with self._sending:
-            await self._send_in_flight()
+            await self._deliver()
             while self._waiting:
-                await self._send_waiting()
+                await self._deliver_waiting()
+
+    async def drain(self) -> None:
+        """Bring everything into Redis, the journal's events too.
+
+        Raises
+        ------
+        WriterError
+            The server does not take it now; what waits goes on waiting, in memory or in the journal.
+        """
+        await self.flush()
+        async with self._sending:
+            if self.journal and self.breaker and self.journaled:
+                await self.breaker.check(self._redis)
+                await self._drain()
+                if self.journaled:
+                    reason = self.breaker.transitions[-1].reason if self.breaker.transitions else "not taken"
+                    raise WriterError(f"{self.journaled} events wait in the journal: {reason}")
 
     async def write_table(self, events: pd.DataFrame) -> int:
-        """Write an event table in batches of `writer.bulk_events`; return the number of events written.
+        """Write an event table in batches of `writer.bulk_events`; return the number of events taken.
 
         The next batch is built while the server runs the last one.
 
@@ -158,13 +197,12 @@ class Writer:
         EventError
             `events` is not an event table; nothing was written.
         WriterError
-            The server refused a batch or cannot be reached. `counts.written` says how far it came; the batch in doubt
-            is sent again, under its old number, by the next call of any method.
+            The server refused a batch or cannot be reached, and no journal takes it. `counts.written` says how far it
+            came; the batch in doubt is sent again, under its old number, by the next call of any method.
         """
-        written = self.counts.written
         async for _ in self.write_slices(events, [len(events)]):
             pass
-        return self.counts.written - written
+        return len(events)
 
     async def write_slices(self, events: pd.DataFrame, stops: Iterable[int]) -> AsyncIterator[tuple[int, int]]:
         """Write an event table slice by slice, as `write_table` does each; yield (start, stop) of what is written.
@@ -182,16 +220,15 @@ class Writer:
         size, start = self.settings.writer.bulk_events, 0
         for stop in stops:
             async with self._sending:
-                await self._send_in_flight()
+                await self._deliver()
                 sending: asyncio.Task[None] | None = None
                 try:
                     for first in range(start, stop, size):
-                        batch = self._batch(columns.rows(slice(first, min(first + size, stop))))
+                        batches = self._batches(columns.rows(slice(first, min(first + size, stop))))
                         if sending is not None:
                             await sending
-                        self.counts.offered += batch.events
-                        self._in_flight = batch
-                        sending = asyncio.create_task(self._send_in_flight())
+                        self._offer(batches)
+                        sending = asyncio.create_task(self._deliver())
                         await asyncio.sleep(0)  # the batch leaves before the next one is built
                     if sending is not None:
                         await sending
@@ -202,10 +239,29 @@ class Writer:
             yield start, stop
             start = stop
 
+    def _batches(self, events: Columns, *, ahead: bool = False) -> list[Batch]:
+        if self._busy:
+            self._busy.count(events)
+        busy = self._busy.symbols if self._busy else ()
+        try:
+            batches = self._link.batches(self._seq + 1, events, busy=busy, ahead=ahead)
+        except CodecError as error:  # the table of names is full
+            raise WriterError(f"{error}; {self.waiting} events wait") from None
+        self._seq = batches[-1].seq
+        if self.journal:
+            self.journal.reserve(self._seq)
+        return batches
+
+    def _offer(self, batches: list[Batch]) -> None:
+        self.counts.offered += sum(len(batch.events) for batch in batches)
+        self._in_flight += batches
+
     async def _run(self) -> None:
         writer = self.settings.writer
         while not self._closing:
-            await self._wake.wait()
+            # A journal with events in it asks for the server from time to time, even when no event comes.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), writer.check_s if self.journaled else None)
             while self._waiting and len(self._waiting) < writer.batch_events and not self._closing:
                 rest_s = self._waiting[0][1] + writer.batch_ms / 1000 - clock.elapsed_s()
                 self._wake.clear()
@@ -216,71 +272,127 @@ class Writer:
                     break
             try:
                 async with self._sending:
-                    await self._send_in_flight()
-                    await self._send_waiting()
+                    await self._deliver()
+                    await self._deliver_waiting()
             except WriterError:
                 await asyncio.sleep(_RETRY_S)
             if not (self._waiting or self._in_flight or self._closing):
                 self._wake.clear()
 
-    async def _send_waiting(self) -> None:
+    async def _deliver_waiting(self) -> None:
         # A backlog goes out in larger batches: that is how a burst is caught up with.
         count = min(len(self._waiting), self.settings.writer.bulk_events)
         if count == 0:
             return
-        taken = [self._waiting.popleft() for _ in range(count)]
+        taken = list(islice(self._waiting, count))
+        jam = self.breaker is not None and (self.journaled > 0 or not self.breaker.allows(critical=False))
+        urgent = [item for item in taken if item[2]] if jam else []
+        batches = []
+        for items, ahead in ((urgent, True), ([item for item in taken if not (jam and item[2])], False)):
+            if items:
+                made = self._batches(Columns.of_events(item[0] for item in items), ahead=ahead)
+                made[-1].waiters = [item[3] for item in items]
+                batches += made
+        self._waiting = deque(islice(self._waiting, count, None))
+        self._in_flight += batches
         self._room.set()
-        self._in_flight = self._batch(Columns.of_events([event for event, _, _ in taken]))
-        self._in_flight.waiters = [acknowledged for _, _, acknowledged in taken]
-        await self._send_in_flight()
+        await self._deliver()
 
-    async def _send_in_flight(self) -> None:
-        """Send the batch in flight, if there is one, until the server has all of it or `_ATTEMPTS` have failed."""
-        batch, attempt = self._in_flight, 0
-        if batch is None:
+    async def _deliver(self) -> None:
+        """Bring what is in flight, and what the journal holds, into the server; or into the journal what it refuses.
+
+        Raises
+        ------
+        WriterError
+            A batch could go nowhere; it stays in flight.
+        """
+        try:
+            if self.breaker and self.breaker.due():
+                await self.breaker.check(self._redis)
+            await self._drain()
+            while self._in_flight:
+                batch = self._in_flight[0]
+                if self.journal and self.breaker:
+                    await self._deliver_one(batch, self.journal, self.breaker)
+                else:
+                    await self._send(batch)
+                self._in_flight.popleft()
+                batch.done()
+            self._error = None
+        except (RedisError, JournalError) as error:
+            number = self._in_flight[0].seq if self._in_flight else "-"
+            text = f"batch {number}: {why(error)}; {self.waiting + self.journaled} events wait"
+            self._error = WriterError(text)
+            self._room.set()  # who waits for room shall hear of it
+            raise self._error from error
+
+    async def _send(self, batch: Batch) -> None:
+        try:
+            await self._link.send(batch)
+        except MemoryLostError:  # nothing here remembers what it held
+            await self._link.send(batch)
+        self.counts.written += len(batch.events)
+
+    async def _deliver_one(self, batch: Batch, journal: Journal, breaker: Breaker) -> None:
+        """Bring one batch into the server, or into the journal: before it was sent in `wal`, instead in `spool`."""
+        behind = self.journaled > 0 and not batch.ahead
+        if journal.mode == "wal" and not batch.journaled:
+            await self._append(batch, journal)
+        if not behind and breaker.allows(critical=batch.ahead) and await self._try(batch, journal, breaker):
+            if batch.journaled:
+                await asyncio.to_thread(journal.acknowledge, batch.seq, alone=batch.ahead)
+                self.journaled -= len(batch.events)
+            self.counts.written += len(batch.events)
+        elif not batch.journaled:
+            await self._append(batch, journal)
+
+    async def _append(self, batch: Batch, journal: Journal) -> None:
+        await asyncio.to_thread(journal.append, batch.seq, batch.events, ahead=batch.ahead)
+        batch.journaled = True
+        self.journaled += len(batch.events)
+
+    async def _try(self, batch: Batch, journal: Journal, breaker: Breaker) -> bool:
+        """Send a batch; return whether the server has it. An error that does not open the breaker is raised."""
+        try:
+            await self._link.send(batch)
+        except MemoryLostError:
+            if journal.mode == "wal":
+                await self._forget(journal)
+                return False
+            return await self._try(batch, journal, breaker)
+        except RedisError as error:
+            breaker.failed(error)
+            if breaker.state is State.CLOSED:
+                raise
+            return False
+        breaker.succeeded()
+        return True
+
+    async def _forget(self, journal: Journal) -> int:
+        """Let all that the journal holds wait again: what was acknowledged is gone."""
+        again = await asyncio.to_thread(journal.forget_acknowledgements)
+        self.counts.written -= again
+        self.journaled += again
+        return again
+
+    async def _drain(self) -> None:
+        """Bring the journal's batches into the server, in order, as long as the breaker is closed."""
+        journal, breaker = self.journal, self.breaker
+        if not journal or not breaker or not breaker.allows(critical=False):
             return
-        while batch.calls:
-            keys, argument = batch.calls[0]
-            try:
-                late, trimmed = await self._script(keys=keys, args=[argument])
-            except (RedisConnectionError, RedisTimeoutError) as error:
-                # Whether the server ran the batch is unknown. Its number makes the repeat harmless.
-                attempt += 1
-                if attempt == _ATTEMPTS:
-                    raise self._failure(batch, error) from error
-                self.counts.resent += 1
-                await asyncio.sleep(_BACKOFF_S * 2**attempt)
-                continue
-            except RedisError as error:
-                raise self._failure(batch, error) from error
-            batch.calls.pop(0)
-            self.counts.late += int(late)
-            self.counts.trimmed += int(trimmed)
-        self._in_flight, self._error = None, None
-        self.counts.written += batch.events
-        self.counts.batches += 1
-        for acknowledged in batch.waiters:
-            if not acknowledged.done():
-                acknowledged.set_result(None)
-
-    def _failure(self, batch: _Batch, error: Exception) -> WriterError:
-        full = isinstance(error, OutOfMemoryError)
-        cure = "free memory or raise maxmemory" if full else "check the server, then flush()"
-        waiting = batch.events + len(self._waiting)
-        self._error = WriterError(f"batch {batch.seq} of {batch.events} events: {error}; {waiting} events wait; {cure}")
-        self._room.set()  # who waits for room shall hear of it
-        return self._error
-
-    def _batch(self, events: Columns) -> _Batch:
-        self._seq += 1
-        shards = self.settings.shards
-        if shards == 1:
-            calls = [pack(events, self._seq, self._name, None, self.settings)]
-        else:
-            of_symbol = np.array([schema.shard_of(name, shards) for name in events.symbols])
-            of_event = of_symbol[events.symbol]
-            calls = [
-                pack(events.rows(np.flatnonzero(of_event == shard)), self._seq, self._name, int(shard), self.settings)
-                for shard in np.unique(of_event)
-            ]
-        return _Batch(self._seq, len(events.ts_ms), calls)
+        if self._unsure and breaker.state is State.CLOSED:
+            # An earlier process may have filled a server that has lost its memory since.
+            if not await self._link.remembered():
+                again = await self._forget(journal)
+                self.counts.memory_lost += again > 0
+                self.counts.written += again  # not by this process
+                self.counts.offered += again
+            self._unsure = False
+        while self.journaled and breaker.allows(critical=False):
+            for entry in await asyncio.to_thread(journal.pending, _DRAINED):
+                batch = self._link.batch(entry.seq, entry.events, ahead=entry.ahead)
+                if not await self._try(batch, journal, breaker):
+                    break
+                await asyncio.to_thread(journal.acknowledge, entry.seq)
+                self.journaled -= len(entry.events)
+                self.counts.written += len(entry.events)

@@ -80,8 +80,12 @@ def streams(keys: int, entries: int) -> list[Command]:
 def blocks() -> list[Command]:
     rng = clock.generator(6)
     return [
-        ("XADD", f"liqb:SYM{i % 9}", f"{T0 + i}-0", "b", rng.bytes(int(rng.integers(500, 6000)))) for i in range(900)
+        ("XADD", f"liqb:{{{i % 9}}}", f"{T0 + i}-0", "b", rng.bytes(int(rng.integers(500, 6000)))) for i in range(900)
     ]
+
+
+def names() -> list[Command]:
+    return [("RPUSH", f"liqid:{{{i}}}", *(f"sSYMBOL{i * j}USDT" for j in range(i % 700))) for i in range(2, 300)]
 
 
 def uniques() -> list[Command]:
@@ -100,6 +104,7 @@ LOADS: dict[str, Callable[[], list[Command]]] = {
     "events, sparse": lambda: streams(500, 2),
     "events, dense": lambda: streams(4, 9_000),
     "blocks": blocks,
+    "names": names,
     "unique_symbols": uniques,
 }
 
@@ -148,7 +153,7 @@ async def test_the_table_adds_up_to_the_byte(redis: Redis) -> None:
     measured = await budget.measure(redis)
     assert measured.table["bytes"].sum() == measured.used_memory
     assert measured.table["keys"].sum() == await redis.dbsize()
-    assert measured.table.loc["streams", "members"] == 5_000
+    assert measured.families.loc["events", "members"] == 5_000
     assert measured.table.loc["foreign", "keys"] == 1
     assert measured.table.loc["unattributed", "bytes"] == measured.overhead.sum() > 0
     assert measured.families["bytes"].sum() == measured.used_memory - measured.table.loc["unattributed", "bytes"]
@@ -246,7 +251,7 @@ async def test_a_user_who_may_not_measure_is_told_so(fresh_server: Callable[...,
         await admin.execute_command("ACL", "SETUSER", "reader", "+memory|usage", "-memory|malloc-stats", "-config|get")
         async with connect(f"unix://reader:pw@{server.socket}") as reader:
             measured = await budget.measure(reader)
-            assert measured.table.loc["streams", "members"] == 100
+            assert measured.families.loc["events", "members"] == 100
 
 
 @pytest.mark.parametrize(

@@ -82,10 +82,15 @@ def test_a_bar_is_as_long_as_its_share_is_full(measured):
 def test_each_bar_says_what_it_is(measured):
     labels = [annotation.text for annotation in plots.budget_bars(measured).layout.annotations]
     assert len(labels) == len(measured.table) + 1
-    assert any("percentile" in label and "0 B of 48.00 MiB" in label and "no keys" in label for label in labels)
+    assert any("percentile" in label and "of 48.00 MiB" in label and "no keys" not in label for label in labels)
     assert any("buffer" in label and "of 28.80 MiB" in label for label in labels)
     assert any("foreign" in label and "no share pays" in label for label in labels)
     assert any("whole server" in label and "of 240.00 MiB" in label for label in labels)
+
+
+async def test_a_share_without_keys_says_so(default_redis):
+    labels = [note.text for note in plots.budget_bars(await budget.measure(default_redis)).layout.annotations]
+    assert any("percentile" in label and "0 B of 48.00 MiB" in label and "no keys" in label for label in labels)
 
 
 def test_the_lines_are_the_thresholds(measured):
@@ -150,7 +155,7 @@ async def test_a_server_without_keys_has_a_treemap(default_redis):
 def played(used: list[int]) -> Ingested:
     times = [T0 + MINUTE_MS * i for i in range(len(used))]
     timeline = pd.DataFrame({"ts_ms": times, "events": range(len(used)), "used_memory": used, "keys": 1})
-    return Ingested(len(used), 0, 0, {}, 0, 1.0, timeline)
+    return Ingested(len(used), 0, 0, 0, len(used), {}, 0, 1.0, timeline)
 
 
 def test_memory_over_time_of_a_small_feed_is_not_flattened_by_far_limits():

@@ -120,7 +120,7 @@ def test_settings_do_not_change_after_loading():
         ({"shards": 1025}, "shards", "1025", "less than or equal to 1024"),
         ({"budget": {"streams": 1.5}}, "budget.streams", "1.5", "less than or equal to 1"),
         ({"budget": {"streams": "much"}}, "budget.streams", "'much'", "number"),
-        ({"writer": {"layout": "both"}}, "writer.layout", "'both'", "'per_symbol' or 'shared'"),
+        ({"writer": {"layout": "both"}}, "writer.layout", "'both'", "'shared', 'per_symbol' or 'hybrid'"),
         ({"writer": {"batch_events": 20_001}}, "writer.batch_events", "20001", "20000"),
         ({"writer": {"batch_ms": "inf"}}, "writer.batch_ms", "'inf'", "finite"),
         ({"writer": {"batch_ms": 0}}, "writer.batch_ms", "0", "greater than 0"),

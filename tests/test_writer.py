@@ -10,6 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from liqlab import clock, schema, settings
+from liqlab.archive import history
 from liqlab.events import Event, EventError, event_table
 from liqlab.server import Server, connect
 from liqlab.writer import Writer, WriterError
@@ -31,8 +32,16 @@ def sample(n: int = 2_000, seed: int = 1, symbols: int = 30) -> pd.DataFrame:
     )
 
 
-async def stored(redis: Redis) -> pd.DataFrame:
-    """Read all streams back, as an independent reader of the documented form would."""
+COLUMNS = ["ts_ms", "exchange", "symbol", "side", "price", "size"]
+
+
+async def stored(redis: Redis, chosen: settings.Settings | None = None) -> pd.DataFrame:
+    """What is stored, in the order of `plain`."""
+    return plain(await history(redis, settings=chosen))
+
+
+async def read_as_text(redis: Redis) -> pd.DataFrame:
+    """Read streams of the codec `fields` back, as an independent reader of the documented form would."""
     rows = []
     async for key in redis.scan_iter(match="liq*", count=1000):
         if schema.family_of(key.decode()) is not schema.BY_NAME["events"]:
@@ -43,14 +52,12 @@ async def stored(redis: Redis) -> pd.DataFrame:
             symbol = f.get("y") or key.decode().split(":")[-1]
             side = {"b": "buy", "s": "sell"}[f["s"]]
             rows.append((ts_ms, f["e"], symbol, side, float(f["p"]), float(f["z"])))
-    columns = ["ts_ms", "exchange", "symbol", "side", "price", "size"]
-    return pd.DataFrame(rows, columns=columns).sort_values(columns).reset_index(drop=True)
+    return pd.DataFrame(rows, columns=COLUMNS).sort_values(COLUMNS).reset_index(drop=True)
 
 
 def plain(events: pd.DataFrame) -> pd.DataFrame:
-    columns = ["ts_ms", "exchange", "symbol", "side", "price", "size"]
-    frame = events[columns].astype({"exchange": object, "symbol": object, "side": object})
-    return frame.sort_values(columns).reset_index(drop=True)
+    frame = events[COLUMNS].astype({"exchange": object, "symbol": object, "side": object})
+    return frame.sort_values(COLUMNS).reset_index(drop=True)
 
 
 async def hashes(redis: Redis, pattern: str) -> dict[str, dict[str, float]]:
@@ -60,18 +67,84 @@ async def hashes(redis: Redis, pattern: str) -> dict[str, dict[str, float]]:
     }
 
 
-@pytest.mark.parametrize("layout", ["per_symbol", "shared"])
+@pytest.mark.parametrize("layout", ["per_symbol", "shared", "hybrid"])
 @pytest.mark.parametrize("shards", [1, 3])
 async def test_a_table_is_stored_whole_and_exactly(redis: Redis, layout: str, shards: int) -> None:
     events = sample()
-    chosen = settings.load(writer={"layout": layout, "bulk_events": 300}, shards=shards)
+    chosen = settings.load(writer={"layout": layout, "bulk_events": 300, "hybrid_events": 200}, shards=shards)
     writer = Writer(redis, settings=chosen)
 
     assert await writer.write_table(events) == len(events)
 
-    pd.testing.assert_frame_equal(await stored(redis), plain(events), check_dtype=False)
+    pd.testing.assert_frame_equal(await stored(redis, chosen), plain(events), check_dtype=False)
     assert (writer.counts.offered, writer.counts.written, writer.counts.trimmed) == (len(events), len(events), 0)
-    assert (await redis.exists("liq") == 1) == (layout == "shared" and shards == 1)
+    heads = {key.decode() for key in await redis.keys("liq*") if schema.family_of(key.decode()) is not None}
+    symbols = {f"liq:{name}" for name in events["symbol"].cat.categories}
+    if shards == 1:
+        assert ("liq" in heads) == (layout != "per_symbol")
+        assert len(heads & symbols) == {"per_symbol": len(symbols), "shared": 0, "hybrid": 2}[layout]
+
+
+@pytest.mark.parametrize("layout", ["per_symbol", "shared"])
+async def test_the_text_form_is_the_documented_one(redis: Redis, layout: str) -> None:
+    events = sample()
+    await Writer(redis, settings=settings.load(writer={"layout": layout, "codec": "fields"})).write_table(events)
+    pd.testing.assert_frame_equal(await read_as_text(redis), plain(events), check_dtype=False)
+
+
+@pytest.mark.parametrize("codec", ["ints", "struct19", "msgpack", "json"])
+async def test_what_a_codec_cannot_carry_is_stored_all_the_same(default_redis: Redis, codec: str) -> None:
+    events = sample()
+    events.loc[::7, "price"] *= 1 / 3  # 17 digits
+    events.loc[5, "size"] = 1.7e300
+    writer = Writer(default_redis, settings=settings.load(writer={"codec": codec, "bulk_events": 190}))
+    await writer.write_table(events)
+    await writer.write_table(events.assign(ts_ms=events["ts_ms"] - 60_000))  # late, too
+    both = pd.concat([events, events.assign(ts_ms=events["ts_ms"] - 60_000)])
+    pd.testing.assert_frame_equal(await stored(default_redis), plain(both), check_dtype=False)
+
+
+@pytest.mark.parametrize("strategy", ["pipeline", "single"])
+async def test_the_originals_way_of_writing_stores_the_same(redis: Redis, strategy: str) -> None:
+    events = sample(300)
+    writer = Writer(redis, settings=settings.load(writer={"strategy": strategy}))
+    await writer.write_table(events)
+    await writer.write_table(events.iloc[:50])  # late
+    pd.testing.assert_frame_equal(await stored(redis), plain(pd.concat([events, events[:50]])), check_dtype=False)
+    assert writer.counts.written == 350
+    counts = [int(v["count"]) for v in (await hashes(redis, "vwap:*")).values()]
+    assert sum(counts) == 350
+
+
+async def test_batches_are_bounded_in_bytes(default_redis: Redis) -> None:
+    events = sample(20_000, symbols=500)
+    writer = Writer(default_redis, settings=settings.load(writer={"batch_bytes": 64 << 10, "bulk_events": 20_000}))
+    await writer.write_table(events)
+    assert writer.counts.batches >= 16
+    assert (await default_redis.info("clients"))["client_recent_max_input_buffer"] < 200 << 10
+    pd.testing.assert_frame_equal(await stored(default_redis), plain(events), check_dtype=False)
+
+
+async def test_two_writers_that_number_the_same_names_do_not_mix_them_up(default_redis: Redis) -> None:
+    events = sample(3_000, symbols=400)
+    writers = [Writer(default_redis, settings=settings.load(writer={"bulk_events": 40})) for _ in range(3)]
+    await asyncio.gather(*(writer.write_table(events.iloc[i::3]) for i, writer in enumerate(writers)))
+    pd.testing.assert_frame_equal(await stored(default_redis), plain(events), check_dtype=False)
+
+
+async def test_percentile_bins_count_every_event(redis: Redis) -> None:
+    events = sample(2_000)
+    await Writer(redis, settings=settings.load(writer={"bulk_events": 70})).write_table(events)
+    counted: dict[tuple[str, int], int] = {}
+    for key, bins in (await hashes(redis, "size:*")).items():
+        _, symbol, hour = key.split(":")
+        assert hour == str(T0 // clock.HOUR_MS)
+        for number, count in bins.items():
+            counted[symbol, int(number)] = int(count)
+    gamma = 1.01 / 0.99
+    number = np.ceil(np.log(events["notional"]) / np.log(gamma)).astype(int)
+    expected = events.groupby([events["symbol"].astype(str), number]).size()
+    assert counted == expected.to_dict()
 
 
 @pytest.mark.parametrize("bulk", [37, 5_000])
@@ -116,8 +189,8 @@ async def test_every_key_is_in_the_schema_with_its_type_and_ttl(redis: Redis) ->
         seen.add(family.name)
         assert (await redis.type(key)).decode() in family.redis_type.split("|")
         ttl = await redis.ttl(key)
-        assert 0 < ttl <= (family.ttl_s(chosen) or 0), key
-    assert seen == {"events", "vwap", "candle", "unique_symbols", "writer"}
+        assert ttl == -1 if family.ttl is None else 0 < ttl <= (family.ttl_s(chosen) or 0), key
+    assert seen == {"events", "names", "vwap", "candle", "percentile", "unique_symbols", "writer"}
 
 
 async def test_late_events_are_kept_with_their_own_time(redis: Redis) -> None:
@@ -130,7 +203,7 @@ async def test_late_events_are_kept_with_their_own_time(redis: Redis) -> None:
 
     assert (await stored(redis))["ts_ms"].tolist() == [T0 + 10, T0 + 15, T0 + 20, T0 + 20, T0 + 30]
     assert writer.counts.late == 2  # the second at T0 + 20 is a tie, not late
-    ids = [entry.decode() for entry, _ in await redis.xrange("liq:X-SWAP")]
+    ids = [entry.decode() for entry, _ in await redis.xrange("liq")]
     assert ids == [f"{T0 + 20}-{n}" for n in range(4)] + [f"{T0 + 30}-0"]
 
 
@@ -181,7 +254,7 @@ async def test_backpressure_bounds_the_queue(default_redis: Redis) -> None:
     async with Writer(default_redis, settings=chosen) as writer:
         for row in rows:
             await writer.write(row)
-            assert writer.counts.offered - writer.counts.written <= 10 + 5
+            assert writer.waiting == writer.counts.offered - writer.counts.written <= 10 + 5
     assert len(await stored(default_redis)) == 300
 
 
@@ -199,7 +272,7 @@ async def test_a_bad_event_is_refused_by_name(default_redis: Redis, change: dict
     async with Writer(default_redis) as writer:
         with pytest.raises(EventError, match=message):
             await writer.write(good._replace(**change))
-        assert writer.counts.offered == 0
+        assert (writer.counts.offered, writer.counts.rejected, writer.waiting) == (1, 1, 0)
 
 
 async def test_a_full_queue_says_why_when_the_server_is_gone(fresh_server: Callable[..., Server]) -> None:
@@ -217,7 +290,7 @@ async def test_a_full_queue_says_why_when_the_server_is_gone(fresh_server: Calla
         with pytest.raises(WriterError, match="events wait"):
             await offer()
         # What was accepted is neither written nor forgotten.
-        assert writer.counts.written == 0 < writer.counts.offered <= 15
+        assert writer.counts.written == 0 < writer.waiting == writer.counts.offered - writer.counts.rejected <= 15
 
 
 async def test_a_cancelled_table_can_be_finished(default_redis: Redis) -> None:

@@ -150,7 +150,7 @@ def headline(feed: Feed, ingested: Ingested, budget: Budget, server: Capabilitie
     peak = max(int(ingested.timeline["used_memory"].max()), budget.used_memory)
     fullest = str(budget.table["used_pct"].idxmax())
     share: Any = budget.table.loc[fullest]
-    held, each = (budget.families[column].get("events", 0) for column in ("members", "bytes_per_member"))
+    used, held = int(budget.table["bytes"]["streams"]), ingested.held
     lines = [
         f"**{ingested.events:,} events of {len(report.symbols):,} symbols over {_length(last - first)} take up to "
         f"{human(peak)} of {human(budget.maxmemory)} ({100 * peak / budget.maxmemory:.1f} %)**, and "
@@ -160,8 +160,9 @@ def headline(feed: Feed, ingested: Ingested, budget: Budget, server: Capabilitie
         f"- Feed: {', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}; "
         f"{first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC; {report.read:,} read = {report.accepted:,} accepted + "
         f"{report.duplicates:,} duplicates + {report.rejected_total:,} rejected.",
-        f"- At the end Redis holds {held:,} of the events, at {each:,.1f} bytes each. {ingested.trimmed:,} were "
-        f"trimmed, and {sum(ingested.expired.values()):,} keys expired on the feed's own clock.",
+        f"- At the end Redis holds {held:,} of the events at {used / max(held, 1):,.1f} bytes each, "
+        f"{ingested.sealed:,} of them sealed in blocks. {ingested.trimmed:,} were trimmed, and "
+        f"{sum(ingested.expired.values()):,} keys expired on the feed's own clock.",
         *_room(budget, held, (last - first) / max(ingested.events, 1)),
         f"- Measured on {server.kind} {server.version} ({server.allocator}) with liqlab {__version__}.",
     ]
@@ -169,8 +170,6 @@ def headline(feed: Feed, ingested: Ingested, budget: Budget, server: Capabilitie
         lines.append(f"- **The feed does not fit: Redis evicted {ingested.evicted:,} keys at maxmemory.**")
     if budget.over:
         lines.append(f"- **Over budget: {', '.join(map(_name, budget.over))}.**")
-    if not budget.table.loc["percentile", "keys"]:
-        lines.append("- Percentile sets: not written yet by this version of liqlab; their share stands empty.")
     return Markdown(redact("\n".join(lines)))  # type: ignore[no-untyped-call]
 
 

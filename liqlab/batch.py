@@ -1,0 +1,228 @@
+"""A batch of events as the one argument of the writer's script."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, Final
+
+import msgpack
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from liqlab import schema
+from liqlab.codecs import CODECS, CodecError, Names
+from liqlab.codecs.base import Value
+from liqlab.events import SIDES, Columns
+from liqlab.quantiles import log_bins
+from liqlab.settings import Settings
+
+MOST_BINS: Final = 1_000  # in one call: Lua's unpack has room for about 8,000 values
+
+
+class _Keys:
+    """The KEYS of a call: each name once, by its index in Lua."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, int] = {}
+
+    def __call__(self, name: str) -> int:
+        return self.names.setdefault(name, len(self.names) + 1)
+
+
+def pack(
+    events: Columns,
+    seq: int,
+    writer: str,
+    names: Names,
+    settings: Settings,
+    *,
+    ahead: bool = False,
+    shard: int | None = None,
+    busy: Collection[str] = (),
+) -> tuple[list[str], bytes]:
+    """Pack one shard's part of a batch: rows grouped by stream, all that can be summed summed.
+
+    Parameters
+    ----------
+    events : Columns
+        Not empty, in time order.
+    seq, writer, ahead
+        Make the batch known to the server: its number, whose it is, and whether lower numbers come later.
+    names : Names
+        What is packed counts on the server to have them up to here; those that it lacks go along, once.
+    busy : collection of str
+        The symbols with a stream of their own in the layout ``hybrid``.
+
+    Returns
+    -------
+    keys, argument : list of str, bytes
+        What write.lua takes as KEYS and ARGV[1]; it documents the shape.
+
+    Raises
+    ------
+    CodecError
+        There are more symbols or exchanges than can be numbered.
+    """
+    family = schema.BY_NAME
+    keys = _Keys()
+    keys(family["writer"].key(writer, shard=shard))
+    keys(family["names"].key(shard=shard))
+    unique = keys(family["unique_symbols"].key(shard=shard))
+    ttl = {name: row.ttl_s(settings) for name, row in family.items()}
+
+    place = np.argsort(events.symbol, kind="stable")
+    events = events.rows(place)
+    codes, symbols, times, price, size = events.symbol, events.symbols, events.ts_ms, events.price, events.size
+    starts = _starts(codes)
+    present = [symbols[code] for code in codes[starts].tolist()]
+    streams = _streams(events, place, present, starts, keys, names, settings, shard, busy)
+    expected = names.take()
+
+    bought = np.where(events.side == SIDES.index("buy"), size, 0.0)
+    vwaps = [
+        [keys(family["vwap"].key(name, shard=shard)) for name in present],
+        _text(np.add.reduceat(price * size, starts)),
+        _text(np.add.reduceat(size, starts)),
+        _text(np.diff(starts, append=len(codes))),
+        _text(np.maximum.reduceat(times, starts)),
+    ]
+
+    minutes = times // family["candle"].bucket_ms
+    cells = _starts(codes, minutes)
+    cell_names = zip(codes[cells].tolist(), minutes[cells].tolist(), strict=True)
+    heads = [family["candle"].head(name, shard=shard) for name in symbols]
+    candles = [
+        [keys(f"{heads[code]}{minute}") for code, minute in cell_names],
+        _text(np.diff(cells, append=len(codes))),
+        _text(np.add.reduceat(size, cells)),
+        _text(np.add.reduceat(bought, cells)),
+        _text(np.maximum.reduceat(size, cells)),
+        _text(np.add.reduceat(price, cells)),
+        _text(np.add.reduceat(events.notional, cells)),
+    ]
+    argument = msgpack.packb(
+        [
+            seq,
+            ahead,
+            ttl["writer"],
+            expected,
+            [_maxlen(settings), ttl["events"], *streams],
+            [ttl["vwap"], *vwaps],
+            [ttl["candle"], *candles],
+            [ttl["percentile"], *_bins(events, keys, shard)],
+            [ttl["unique_symbols"], unique, present],
+        ],
+        use_bin_type=False,  # cmsgpack does not know msgpack's type for bytes
+    )
+    return list(keys.names), argument
+
+
+def _maxlen(settings: Settings) -> int:
+    retention = settings.retention
+    return retention.events_maxlen if settings.writer.layout == "per_symbol" else retention.shared_maxlen
+
+
+def _streams(
+    events: Columns,
+    place: NDArray[np.intp],
+    present: list[str],
+    starts: NDArray[np.intp],
+    keys: _Keys,
+    names: Names,
+    settings: Settings,
+    shard: int | None,
+    busy: Collection[str],
+) -> list[Any]:
+    """Return what write.lua takes of every stream.
+
+    `place` says where the events, here in the order of symbols, stand in the batch, `starts` where symbols begin.
+    """
+    layout, key = settings.writer.layout, schema.BY_NAME["events"].key
+    alone = np.array([layout == "per_symbol" or (layout == "hybrid" and name in busy) for name in present])
+    of_row = np.repeat(alone, np.diff(starts, append=len(events)))
+    streams: list[Any] = []
+    if alone.any():
+        names.of_symbols(present)  # whatever the codec: readers find a symbol's own stream by them
+        own = [keys(key(name, shard=shard)) for name, is_own in zip(present, alone.tolist(), strict=True) if is_own]
+        rows = np.flatnonzero(of_row)
+        streams += _entries(events.rows(rows), _starts(events.symbol[rows]), own, names, settings, own=True)
+    if not alone.all():
+        rows = np.flatnonzero(~of_row)
+        rows = rows[np.argsort(place[rows])]  # as they came: in time order, ties too
+        start = np.zeros(1, np.intp)
+        shared = [keys(key(shard=shard))]
+        streams += _entries(events.rows(rows), start, shared, names, settings, own=False)
+    return streams
+
+
+def _entries(
+    events: Columns, starts: NDArray[np.intp], keys: list[int], names: Names, settings: Settings, *, own: bool
+) -> list[list[Any]]:
+    """Encode the events of some streams, which begin at `starts`; what the codec cannot carry goes as `fields`."""
+    times, codec, fallback = events.ts_ms, CODECS[settings.writer.codec], CODECS["fields"]
+    fields = codec.fields_of(own)
+    odd: dict[int, list[Any]] = {}
+    try:
+        columns: Sequence[Sequence[Value]] = codec.encode_columns(events, names, own=own)
+    except CodecError:  # it looks at every event by itself, so it is asked only then
+        carried = codec.carries(events)
+        places = np.flatnonzero(carried)
+        encoded = codec.encode_columns(events.rows(places), names, own=own)
+        holed = np.full((len(fields), len(events)), "", object)
+        holed[:, places] = np.array(encoded, object).reshape(len(fields), -1)
+        columns = holed.tolist()
+        places = np.flatnonzero(~carried)
+        for place, row in zip(places.tolist(), fallback.encode(events.rows(places), names, own=own), strict=True):
+            odd[place] = [word for pair in zip(fallback.fields_of(own), row, strict=True) for word in pair]
+    runs = _starts(np.repeat(starts, np.diff(starts, append=len(times))), times)
+    seq = np.arange(len(times)) - np.repeat(runs, np.diff(runs, append=len(times)))
+    ids = [f"{ms}-{n}" for ms, n in zip(times.tolist(), seq.tolist(), strict=True)]
+    stops = [*starts[1:].tolist(), len(times)]
+    return [
+        [
+            stream,
+            fields,
+            ids[start:stop],
+            [column[start:stop] for column in columns],
+            {place - start + 1: row for place, row in odd.items() if start <= place < stop},
+        ]
+        for stream, start, stop in zip(keys, starts.tolist(), stops, strict=True)
+    ]
+
+
+def _bins(events: Columns, keys: _Keys, shard: int | None) -> list[Any]:
+    """Return keys, bins and counts of each: how many notionals of a symbol and an hour fall into which bin."""
+    family = schema.BY_NAME["percentile"]
+    hours = events.ts_ms // family.bucket_ms
+    bins = log_bins(events.notional)
+    order = np.lexsort((bins, hours, events.symbol))
+    symbol, hours, bins = events.symbol[order], hours[order], bins[order]
+    cells = _starts(symbol, hours, bins)
+    counts, numbers = _text(np.diff(cells, append=len(order))), _text(bins[cells])
+    buckets = _starts(symbol[cells], hours[cells])
+    heads = [family.head(name, shard=shard) for name in events.symbols]
+    names, of_bucket, counted = [], [], []
+    for start, stop in zip(buckets.tolist(), [*buckets[1:].tolist(), len(cells)], strict=True):
+        at = cells[start]
+        key = keys(f"{heads[symbol[at]]}{hours[at]}")
+        for first in range(start, stop, MOST_BINS):
+            names.append(key)
+            of_bucket.append(numbers[first : min(first + MOST_BINS, stop)])
+            counted.append(counts[first : min(first + MOST_BINS, stop)])
+    return [names, of_bucket, counted]
+
+
+def _text(numbers: NDArray[Any]) -> list[str]:
+    """Return the shortest texts that read back as the same numbers; Arrow is an order faster than repr."""
+    texts: list[str] = pa.array(numbers).cast(pa.string()).to_pylist()
+    return texts
+
+
+def _starts(*columns: NDArray[Any]) -> NDArray[np.intp]:
+    """Where a run of rows that are equal in all `columns` begins."""
+    new = np.zeros(len(columns[0]), dtype=bool)
+    new[:1] = True
+    for column in columns:
+        new[1:] |= column[1:] != column[:-1]
+    return np.flatnonzero(new)

@@ -1,0 +1,232 @@
+"""The writer's way to the server: numbered batches, packed, sent, and sent again where a reply was lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import OutOfMemoryError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.utils import str_if_bytes
+
+from liqlab import original, schema
+from liqlab.batch import pack
+from liqlab.codecs import Names
+from liqlab.codecs.names import HEAD
+from liqlab.events import Columns
+from liqlab.settings import Settings
+
+_SCRIPT: Final = files("liqlab").joinpath("write.lua").read_text()
+_ATTEMPTS: Final = 3
+_BACKOFF_S: Final = 0.05
+LOST: Final = (RedisConnectionError, RedisTimeoutError)
+
+
+class MemoryLostError(RuntimeError):
+    """The server's table of names is another than the one that batches were acknowledged under: it lost its memory."""
+
+
+@dataclass
+class Counts:
+    """What a writer has done: offered = written + journaled + rejected + those that wait in memory."""
+
+    offered: int = 0
+    written: int = 0
+    rejected: int = 0
+    late: int = 0
+    trimmed: int = 0
+    batches: int = 0
+    resent: int = 0
+    memory_lost: int = 0
+
+
+@dataclass
+class Batch:
+    """A numbered batch. It keeps its number until the server has taken all of it, whatever goes wrong.
+
+    Attributes
+    ----------
+    seq : int
+    events : Columns
+    ahead : bool
+        Sent before batches with lower numbers: the server then knows it by this number alone.
+    left : list of int or None
+        The shards that do not have it yet; None on a single node.
+    journaled : bool
+        The journal has it.
+    waiters : list of asyncio.Future
+        To be told when the server, or the journal, has it.
+    """
+
+    seq: int
+    events: Columns
+    left: list[int | None]
+    ahead: bool = False
+    journaled: bool = False
+    waiters: list[asyncio.Future[None]] = field(default_factory=list)
+    packed: dict[int | None, tuple[Names, list[str], bytes]] = field(default_factory=dict)
+
+    def done(self) -> None:
+        """Tell the waiters."""
+        for waiter in self.waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+class Busy:
+    """Which symbols are busy enough, in the layout ``hybrid``, for a stream of their own.
+
+    Those with `writer.hybrid_events` events in this hot window or in the last one. It is this writer's own affair:
+    readers look into both places.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._enough = settings.writer.hybrid_events
+        self._window_ms = settings.retention.hot_s * 1000
+        self._window = -1
+        self._now: Counter[str] = Counter()
+        self._last: frozenset[str] = frozenset()
+        self.symbols: frozenset[str] = frozenset()
+
+    def count(self, events: Columns) -> None:
+        """Take note of a batch."""
+        window = int(events.ts_ms.max()) // self._window_ms
+        if window > self._window:
+            self._window, self._last, self._now = window, self._own(), Counter()
+        counts = np.bincount(events.symbol, minlength=len(events.symbols))
+        for code in np.flatnonzero(counts).tolist():
+            self._now[events.symbols[code]] += int(counts[code])
+        self.symbols = self._last | self._own()
+
+    def _own(self) -> frozenset[str]:
+        return frozenset(name for name, count in self._now.items() if count >= self._enough)
+
+
+class Link:
+    """Sends batches by the strategy of the settings; `name` is the writer's, by which the server knows its numbers."""
+
+    def __init__(self, redis: Redis, settings: Settings, name: str, counts: Counts) -> None:
+        self._redis = redis
+        self._settings = settings
+        self._name = name
+        self._counts = counts
+        self._script = redis.register_script(_SCRIPT)
+        self._names: dict[int | None, Names] = {}
+        self._acknowledged: dict[int | None, str] = {}  # the epoch under which the server took a batch
+        self._top: dict[str, int] = {}  # of the original's form: the newest time of each stream
+
+    def batches(self, seq: int, events: Columns, *, busy: Collection[str] = (), ahead: bool = False) -> list[Batch]:
+        """Return events, numbered and packed, as one batch, or as several where it exceeded `writer.batch_bytes`.
+
+        The first has the number `seq`. `busy` are symbols with a stream of their own, see `liqlab.batch.pack`.
+        """
+        batch = self.batch(seq, events, ahead=ahead)
+        if self._settings.writer.strategy != "script":
+            return [batch]
+        known = {shard: (names, names.epoch, names.stored) for shard, names in self._names.items()}
+        for shard in batch.left:
+            size = len(self._pack(batch, shard, busy)[1])
+            if size > self._settings.writer.batch_bytes and len(events) > 1:
+                # What was packed is thrown away, and with it the names that should have gone along.
+                for names, epoch, stored in known.values():
+                    names.epoch, names.stored = epoch, stored
+                self._names = {shard: self._names[shard] for shard in known}
+                half = len(events) // 2
+                first = self.batches(seq, events.rows(slice(None, half)), busy=busy, ahead=ahead)
+                rest = events.rows(slice(half, None))
+                return first + self.batches(seq + len(first), rest, busy=busy, ahead=ahead)
+        return [batch]
+
+    def batch(self, seq: int, events: Columns, *, ahead: bool = False) -> Batch:
+        """Return a batch that `send` packs."""
+        shards = self._settings.shards
+        return Batch(seq, events, [None] if shards == 1 else np.unique(self._shards(events)).tolist(), ahead)
+
+    def _shards(self, events: Columns) -> NDArray[np.int64]:
+        of_symbol = np.array([schema.shard_of(name, self._settings.shards) for name in events.symbols], np.int64)
+        of_event: NDArray[np.int64] = of_symbol[events.symbol]
+        return of_event
+
+    def _pack(self, batch: Batch, shard: int | None, busy: Collection[str] = ()) -> tuple[list[str], bytes]:
+        names = self._names.setdefault(shard, Names())
+        events = batch.events
+        if shard is not None:
+            events = events.rows(np.flatnonzero(self._shards(events) == shard))
+        packed = pack(events, batch.seq, self._name, names, self._settings, ahead=batch.ahead, shard=shard, busy=busy)
+        batch.packed[shard] = (names, *packed)
+        return packed
+
+    async def send(self, batch: Batch) -> None:
+        """Send a batch until the server has all of it.
+
+        Raises
+        ------
+        redis.exceptions.RedisError
+            The server refused it, or did not answer in `_ATTEMPTS` tries; sending it again is safe.
+        MemoryLostError
+            The server lost its memory since the last batch; the next call sends the batch to the new one.
+        """
+        if self._settings.writer.strategy != "script":
+            await original.write(self._redis, batch.events, self._settings, self._top)
+            batch.left.clear()
+        attempt = 0
+        while batch.left:
+            shard = batch.left[0]
+            if shard not in batch.packed or batch.packed[shard][0] is not self._names[shard]:
+                self._pack(batch, shard)  # for the first time, or again, for another table of names
+            _, keys, argument = batch.packed[shard]
+            try:
+                late, trimmed = await self._script(keys=keys, args=[argument])
+            except LOST:
+                # Whether the server ran the batch is unknown. Its number makes the repeat harmless.
+                attempt += 1
+                if attempt == _ATTEMPTS:
+                    raise
+                self._counts.resent += 1
+                await asyncio.sleep(_BACKOFF_S * 2**attempt)
+                continue
+            if late < 0:
+                await self._read_names(shard)
+                continue
+            batch.left.pop(0)
+            batch.packed.pop(shard, None)
+            self._acknowledged[shard] = self._names[shard].epoch
+            self._counts.late += int(late)
+            self._counts.trimmed += int(trimmed)
+        self._counts.batches += 1
+
+    async def remembered(self) -> bool:
+        """Return whether the server knows this writer, from earlier batches of it, perhaps in an earlier process."""
+        shards = [None] if self._settings.shards == 1 else range(self._settings.shards)
+        marks = [schema.BY_NAME["writer"].key(self._name, shard=shard) for shard in shards]
+        return sum([await self._redis.exists(mark) for mark in marks]) > 0
+
+    async def _read_names(self, shard: int | None) -> None:
+        """Learn what the server's table of names holds now.
+
+        Raises
+        ------
+        MemoryLostError
+            It is not the table under which the server took the last batch.
+        """
+        head = await self._redis.lrange(schema.BY_NAME["names"].key(shard=shard), 0, -1)
+        epoch = str_if_bytes(head[0]) if head else ""
+        self._names[shard] = Names(head[HEAD:], epoch)
+        if self._acknowledged.get(shard, epoch) != epoch:
+            del self._acknowledged[shard]
+            self._counts.memory_lost += 1
+            raise MemoryLostError("the server lost its memory: it was restarted or flushed")
+
+
+def why(error: Exception) -> str:
+    """Return what an error of `Link.send` means, with a cure."""
+    cure = "free memory or raise maxmemory" if isinstance(error, OutOfMemoryError) else "check the server, then flush()"
+    return f"{error}; {cure}"

@@ -1,0 +1,200 @@
+"""Events are read back once each, hot and sealed, whatever happens to them meanwhile."""
+
+import asyncio
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from redis.asyncio import Redis
+
+from liqlab import clock, schema, settings
+from liqlab.archive import count, history, seal
+from liqlab.codecs import CodecError
+from liqlab.events import event_table
+from liqlab.server import Server
+from liqlab.writer import Writer
+from tests.test_writer import T0, plain, sample
+
+LAYOUTS = ["shared", "per_symbol", "hybrid"]
+AGES = 10**9  # ms: past every window
+
+
+def chosen(layout: str = "shared", **writer: object) -> settings.Settings:
+    writer = {"layout": layout, "block_bytes": "1kb", "hybrid_events": 100, "bulk_events": 250} | writer
+    return settings.load(writer=writer, retention={"hot_s": 60})
+
+
+def same(found: pd.DataFrame, expected: pd.DataFrame) -> None:
+    pd.testing.assert_frame_equal(plain(found), plain(expected), check_dtype=False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shards", [1, 3])
+async def test_sealing_changes_nothing_for_a_reader(redis: Redis, layout: str, shards: int) -> None:
+    events = sample(4_000)
+    own = chosen(layout).model_copy(update={"shards": shards})
+    await Writer(redis, settings=own).write_table(events)
+    times = events["ts_ms"]
+    for now_ms, partial in ((times.iloc[2_000], False), (times.iloc[2_060], True), (times.iloc[-1] + AGES, True)):
+        done = await seal(redis, now_ms=int(now_ms) + 60_000, settings=own, partial=partial)
+        assert done.events > 0 < done.blocks
+        found = await history(redis, settings=own)
+        same(found, events)
+        assert found["ts_ms"].is_monotonic_increasing
+        assert await count(redis, settings=own) == len(events)
+    assert sum(
+        [await redis.xlen(key) async for key in redis.scan_iter("liq:*") if await redis.type(key) == b"stream"]
+    ) == (0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_any_symbol_and_any_span(default_redis: Redis, layout: str) -> None:
+    events = sample(3_000)
+    await Writer(default_redis, settings=chosen(layout)).write_table(events)
+    await seal(default_redis, now_ms=int(events["ts_ms"].iloc[1_500]) + 60_000, settings=chosen(layout))
+    times = events["ts_ms"].to_numpy()
+    edges = [None, times[700] + 1, times[1_500], times[-1] + 5]
+    for symbol in (None, "S1USDT", "NOSUCHUSDT"):
+        for start, end in itertools.product(edges, edges):
+            wanted = events
+            if symbol is not None:
+                wanted = wanted[wanted["symbol"] == symbol]
+            if start is not None:
+                wanted = wanted[wanted["ts_ms"] >= start]
+            if end is not None:
+                wanted = wanted[wanted["ts_ms"] <= end]
+            start, end = (None if edge is None else int(edge) for edge in (start, end))
+            same(await history(default_redis, symbol, start, end, settings=chosen(layout)), wanted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_late_events_find_their_place_on_both_sides_of_the_seam(default_redis: Redis, layout: str) -> None:
+    events, own = sample(2_000), chosen(layout)
+    writer = Writer(default_redis, settings=own)
+    await writer.write_table(events)
+    now_ms = int(events["ts_ms"].iloc[-1]) + 30_000
+    await seal(default_redis, now_ms=now_ms, settings=own, partial=True)
+    # As old as the sealed ones, of symbols that are known and of one that is not.
+    old = pd.concat([events.iloc[::40], events.iloc[5:6].assign(symbol="NEWUSDT", ts_ms=T0 - 5_000)])
+    late = event_table(**old)
+    await writer.write_table(late)
+    assert writer.counts.late > 0
+    both = pd.concat([events.astype({"symbol": str}), late.astype({"symbol": str})])
+    same(await history(default_redis, settings=own), both)
+    same(
+        await history(default_redis, start_ms=T0 - 5_000, end_ms=T0 - 5_000, settings=own),
+        both[both["symbol"] == "NEWUSDT"],
+    )
+    await seal(default_redis, now_ms=now_ms + AGES, settings=own, partial=True)
+    same(await history(default_redis, settings=own), both)
+    same(await history(default_redis, end_ms=T0 - 1, settings=own), both[both["symbol"] == "NEWUSDT"])
+
+
+async def test_a_reader_of_one_stream_sees_every_event_once_at_any_moment(redis: Redis, server: Server) -> None:
+    await at_any_moment(redis, server, chosen("shared", bulk_events=60))
+
+
+@pytest.mark.parametrize("layout", ["per_symbol", "hybrid"])
+async def test_a_reader_of_many_streams_does_too(default_redis: Redis, default_server: Server, layout: str) -> None:
+    await at_any_moment(default_redis, default_server, chosen(layout, bulk_events=60))
+
+
+async def at_any_moment(redis: Redis, server: Server, own: settings.Settings) -> None:
+    """Two writers, two sealers and two readers at once: what was written before a reading began is in it, once."""
+    events = sample(6_000)
+    progress, readings = [0, 0], []
+    halves = [events.iloc[0::2], events.iloc[1::2]]
+    over = asyncio.Event()
+
+    async def write(which: int) -> None:
+        writer = Writer(redis, settings=own)
+        stops = range(60, 3_001, 60)
+        async for _, stop in writer.write_slices(halves[which].reset_index(drop=True), stops):
+            progress[which] = stop
+
+    async def work(step) -> None:
+        async with server.connect() as client:
+            while not over.is_set():
+                await step(client)
+
+    async def sealing(client: Redis) -> None:
+        newest = max(int(half["ts_ms"].iloc[max(done - 1, 0)]) for half, done in zip(halves, progress, strict=True))
+        await seal(client, now_ms=newest + 59_000, settings=own, partial=True)
+
+    async def reading(client: Redis) -> None:
+        before = [half.iloc[:done] for half, done in zip(halves, progress, strict=True)]
+        found = plain(await history(client, settings=own))
+        readings.append(len(found))
+        counts = found.value_counts()
+        possible = plain(events).value_counts()
+        assert (counts <= possible.reindex(counts.index).fillna(0)).all(), "an event twice, or one nobody wrote"
+        certain = plain(pd.concat(before)).value_counts()
+        assert (counts.reindex(certain.index).fillna(0) >= certain).all(), "an event is missing"
+
+    workers = [asyncio.create_task(work(step)) for step in (sealing, sealing, reading, reading)]
+    try:
+        await asyncio.gather(write(0), write(1))
+    finally:
+        over.set()
+        await asyncio.gather(*workers)
+    same(await history(redis, settings=own), events)
+    assert len(readings) > 5
+    assert (await redis.xlen("liqb")) > 5
+
+
+async def test_blocks_fit_below_their_size_and_are_nearly_full(default_redis: Redis) -> None:
+    events, own = sample(20_000), chosen(block_bytes="4kb")
+    await Writer(default_redis, settings=own).write_table(events)
+    await seal(default_redis, now_ms=T0 + AGES, settings=own)
+    sizes = [len(fields[b"b"]) for _, fields in await default_redis.xrange("liqb")]
+    assert len(sizes) > 5
+    assert max(sizes) <= 4096 - 32
+    assert np.median(sizes) > 0.93 * 4096
+    # What does not fill a block stays hot.
+    assert 0 < await default_redis.xlen("liq") < 20_000 * 4096 / sum(sizes)
+
+
+async def test_a_moment_larger_than_a_block_is_sealed_all_the_same(default_redis: Redis) -> None:
+    events = sample(3_000).assign(ts_ms=T0)
+    await Writer(default_redis, settings=chosen()).write_table(events)
+    assert (await seal(default_redis, now_ms=T0 + AGES, settings=chosen())).events == 3_000
+    same(await history(default_redis), events)
+
+
+async def test_nothing_to_read_and_nothing_to_seal(default_redis: Redis) -> None:
+    assert (await history(default_redis)).empty
+    assert (await seal(default_redis, now_ms=T0)).events == 0
+    await Writer(default_redis).write_table(sample(100))
+    assert (await seal(default_redis, now_ms=T0, partial=True)).events == 0  # all is hot
+    assert await count(default_redis) == 100
+
+
+async def test_sealed_history_outlives_maxlen(default_redis: Redis) -> None:
+    own = settings.load(
+        retention={"shared_maxlen": 1_000, "hot_s": 1}, writer={"bulk_events": 100, "block_bytes": "2kb"}
+    )
+    events = sample(5_000)
+    writer = Writer(default_redis, settings=own)
+    async for _, stop in writer.write_slices(events, range(100, 5_001, 100)):
+        await seal(default_redis, now_ms=int(events["ts_ms"].iloc[stop - 1]), settings=own)
+    assert writer.counts.trimmed == 0
+    same(await history(default_redis), events)
+
+
+async def test_a_stranger_in_a_stream_is_named(default_redis: Redis) -> None:
+    await Writer(default_redis).write_table(sample(50))
+    await default_redis.xadd("liq", {"what": "ever"}, id=f"{T0 + AGES}-0")
+    with pytest.raises(CodecError, match="liq: entries with the field b'what'"):
+        await history(default_redis)
+    with pytest.raises(CodecError, match="liq: entries"):
+        await seal(default_redis, now_ms=T0 + 2 * AGES)
+    assert await default_redis.xlen("liq") == 51
+
+
+async def test_every_sealed_key_is_in_the_schema(default_redis: Redis) -> None:
+    await Writer(default_redis, settings=settings.load(shards=2)).write_table(sample(500))
+    await seal(default_redis, now_ms=T0 + clock.DAY_MS, settings=settings.load(shards=2), partial=True)
+    found = {schema.family_of(key.decode()) for key in await default_redis.keys("liqb*")}
+    assert found == {schema.BY_NAME["blocks"]}
+    assert all([await default_redis.ttl(key) > 0 for key in await default_redis.keys("liqb*")])
