@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from rows import record
 
 from liqlab import events
 from liqlab.clock import generator
@@ -81,7 +82,7 @@ def main() -> None:
             print(f"{total:,} of {count:,} events in {seconds:.1f} s, {path.stat().st_size / 1e9:.2f} GB read")
             print(f"peak memory {peak:.0f} MB")
             return
-        ratios = []
+        ours, theirs = [], []
         for _ in range(chosen.rounds):
             slow, table = timed(plain, path)
             fast, feed = timed(read_feed, path)
@@ -89,10 +90,9 @@ def main() -> None:
                 assert np.array_equal(table[name], feed.events[name]), name
             for name in ("symbol", "side"):
                 assert (table[name].astype(str) == feed.events[name].astype(str)).all(), name
-            ratios.append(slow / fast)
-            each_us = [seconds / count * 1e6 for seconds in (slow, fast)]
-            print(f"json.loads loop {each_us[0]:.2f} us an event, read_feed {each_us[1]:.2f} us: x{slow / fast:.1f}")
-        print(f"read_feed is {np.median(ratios):.1f} times as fast (median of {chosen.rounds} rounds)")
+            ours.append(fast / count * 1e6)
+            theirs.append(slow / count * 1e6)
+        record("parse_vs_json_loads", float(np.median(ours)), "us/event", "a json.loads loop", float(np.median(theirs)))
 
 
 if __name__ == "__main__":

@@ -259,6 +259,29 @@ def top_symbols(events: pd.DataFrame, n: int = 20) -> go.Figure:
     return _dress(figure, title, detail, 20 * len(order) + 70, legend=True)
 
 
+def codec_costs(compared: pd.DataFrame) -> go.Figure:
+    """Draw `liqlab.codecs.compare.compare`: bytes of an event against the time to encode and decode it."""
+    time_us = compared["encode_us"] + compared["decode_us"]
+    figure = go.Figure()
+    for block, name, color in ((False, "an entry each", "#0072B2"), (True, "many in a block", "#D55E00")):
+        part = compared[compared["block"] == block]
+        figure.add_scatter(
+            name=name,
+            x=time_us[part.index],
+            y=part["bytes"],
+            text=part.index,
+            mode="markers+text",
+            textposition="top center",
+            marker={"size": 11, "color": color},
+            hovertemplate="%{text}: %{y:.2f} bytes, %{x:.2f} us<extra></extra>",
+        )
+    figure.update_xaxes(title_text="encode + decode, us an event", rangemode="tozero")
+    figure.update_yaxes(title_text="bytes an event", rangemode="tozero")
+    order = compared["bytes"].sort_values()
+    title = f"{order.index[0]} takes {order.iloc[0]:.1f} bytes an event, {order.index[-1]} {order.iloc[-1]:.0f}"
+    return _dress(figure, title, "Values alone, without what Redis adds", 420, legend=True)
+
+
 def _rate(events: pd.DataFrame, weights: NDArray[Any], what: str, unit: str = "") -> go.Figure:
     if events.empty:
         return _nothing("No events")

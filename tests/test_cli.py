@@ -84,6 +84,14 @@ def test_a_column_map_reads_any_table(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["accepted"] == 1
 
 
+def test_codecs_are_compared_on_a_feed(feed: str) -> None:
+    rows = {row["codec"]: row for row in json.loads(liqlab("codecs", "--feed", feed, "--json").stdout)}
+    assert rows["struct19"]["bytes"] == 19
+    assert all(row["carried_pct"] == 100 and row["encode_us"] > 0 < row["decode_us"] for row in rows.values())
+    assert rows["block"]["bytes"] < rows["ints"]["bytes"] < rows["fields"]["bytes"] < rows["json"]["bytes"]
+    assert "bytes/event" in liqlab("codecs", feed).stdout
+
+
 async def test_ingest_and_budget_use_the_named_server(feed: str, default_server: Server, default_redis: Redis) -> None:
     await default_redis.set("someone:else", "kept")
     done = liqlab("ingest", feed, "--json", LIQLAB_REDIS_URL=default_server.url)

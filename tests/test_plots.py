@@ -8,6 +8,7 @@ import pytest
 from liqlab import budget, plots
 from liqlab.budget import UNATTRIBUTED, Budget
 from liqlab.clock import DAY_MS, HOUR_MS, MINUTE_MS
+from liqlab.codecs.compare import compare
 from liqlab.events import empty, event_table
 from liqlab.feeds.synth import synth
 from liqlab.replay import Ingested, ingest
@@ -264,6 +265,14 @@ def test_top_symbols_leaves_out_categories_without_events():
     feed = synth("quiet", hours=2, seed=5)
     some = feed[feed["symbol"].isin(["BTCUSDT", "ETHUSDT"])].reset_index(drop=True)
     assert sorted(plots.top_symbols(some).data[0].y) == ["BTCUSDT", "ETHUSDT"]
+
+
+def test_codec_costs_are_drawn_as_they_were_measured():
+    compared = compare(synth("normal", hours=0.2, seed=3))
+    figure = plots.codec_costs(compared)
+    drawn = {name: (x, y) for mark in figure.data for name, x, y in zip(mark.text, mark.x, mark.y, strict=True)}
+    assert drawn == {name: (row["encode_us"] + row["decode_us"], row["bytes"]) for name, row in compared.iterrows()}
+    assert words(figure).startswith("block takes")
 
 
 @pytest.mark.parametrize("draw", [plots.events_per_minute, plots.notional_per_minute, plots.top_symbols])

@@ -184,6 +184,42 @@ def ingest(
 
 
 @app.command()
+def codecs(
+    feeds: Feeds = None,
+    feed: FeedOption = None,
+    form: Format = "auto",
+    symbol: Symbol = None,
+    exchange: Exchange = None,
+    columns: Map = None,
+    unit: Unit = None,
+    tz: Zone = None,
+    options: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Encode a feed with every codec: bytes and microseconds an event, without a server.
+
+    Example: liqlab codecs --feed data/normal-6h.jsonl.gz
+    """
+    from liqlab.codecs.compare import compare
+    from liqlab.feeds import FeedError
+
+    read = _read(_paths(feeds, feed), _settings(options), form, symbol, exchange, columns, unit, tz)
+    if read.events.empty:
+        raise FeedError("the feed holds no event; `liqlab feeds inspect` says why")
+    found = compare(read.events)
+    if as_json:
+        print_json(found.reset_index().to_dict("records"))
+        return
+    table = Table(box=None)
+    for name in ("codec", "bytes/event", "encode us", "decode us", "carried", ""):
+        table.add_column(name, justify="left" if name in ("codec", "") else "right")
+    for codec, row in found.iterrows():
+        figures = [f"{row[column]:.2f}" for column in ("bytes", "encode_us", "decode_us")]
+        table.add_row(str(codec), *figures, f"{row['carried_pct']:.1f} %", "block" if row["block"] else "")
+    screen.print(table)
+
+
+@app.command()
 def budget(
     redis: Url = None,
     limit: Annotated[int, typer.Option(help="Keys measured in a family; more are sampled.")] = 5_000,
