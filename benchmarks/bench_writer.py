@@ -24,7 +24,7 @@ from rows import record
 from liqlab import batch, link, original, read_feed, seal, serve, settings, synth
 from liqlab.codecs import Names
 from liqlab.events import Columns, Event
-from liqlab.server import Server, capabilities
+from liqlab.server import Server
 from liqlab.writer import Writer
 
 RECORDING = Path(__file__).resolve().parents[2] / "shared/feeds/recordings/binance_recorder_2025-01-26.csv"
@@ -83,21 +83,17 @@ async def bytes_each(events: pd.DataFrame, *works: Work) -> list[float]:
 
         async def used() -> int:
             async with server.connect() as watcher:
+                # Lua's heap is the scripts' and no event's, and it wanders; Redis counts it as its own from 8 on.
+                await watcher.script_flush("SYNC")
                 await asyncio.sleep(0.3)
-                memory, kind = await watcher.info("memory"), await capabilities(watcher)
-                # Lua's heap is the scripts' and no event's; Redis counts it as its own from 8 on, and it wanders.
-                heap = (
-                    int(memory["used_memory_vm_total"])
-                    if kind.kind == "redis" and int(kind.version.split(".")[0]) >= 8
-                    else 0
-                )
-                return int(memory["used_memory"]) - int(memory["mem_clients_normal"]) - heap
+                memory = await watcher.info("memory")
+                return int(memory["used_memory"]) - int(memory["mem_clients_normal"])
 
         async def run(work: Work) -> None:
             async with server.connect() as redis:
                 await work(redis)
 
-        await run(lambda redis: streams_only(redis, events.head(100)))  # the scripts are loaded, and Lua's heap is warm
+        await run(lambda redis: streams_only(redis, events.head(100)))  # what a first command leaves behind is there
         await run(lambda redis: _seal(redis, events))
         await run(lambda redis: redis.flushall())
         before, found = await used(), []
