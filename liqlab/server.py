@@ -45,6 +45,13 @@ _CURE: Final = (
     f"or name one with binary= or {ENV_PREFIX}SERVER__BINARY"
 )
 
+# A peer that vanished is noticed after 60 + 3 x 15 s. The options' numbers differ between systems: ask by name.
+_KEEPALIVE: Final = {
+    getattr(socket, name): value
+    for name, value in {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 3}.items()
+    if hasattr(socket, name)
+}
+
 # The server's parent is this script and not Python. Its standard input is a pipe whose other end only Python holds,
 # so `cat` returns when Python ends, however it ends. The script waits for the server in the foreground, lest the
 # watcher outlive it and kill a stranger with its process id; standard output is closed when the server has ended.
@@ -298,6 +305,8 @@ def connect(url: str | None = None, *, settings: Settings | None = None, **kw: A
         "socket_connect_timeout": CONNECT_TIMEOUT_S,
         "max_connections": MAX_CONNECTIONS,
     }
+    if scheme != "unix":
+        options |= {"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE}
     try:
         return Redis.from_pool(BlockingConnectionPool.from_url(f"{scheme}://{rest}", **options | kw))
     except ValueError:

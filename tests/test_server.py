@@ -509,3 +509,16 @@ async def test_capabilities_where_questions_are_refused(fresh_server: Callable[.
     assert found.malloc_quantum is None
     assert found.active_defrag is (None if whole.malloc_quantum else False)
     assert (found.version, found.hash_field_ttl) == (whole.version, whole.hash_field_ttl)
+
+
+async def test_a_connection_over_tcp_is_kept_alive() -> None:
+    """On a real TCP connection, as the kernel sees it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # its backlog takes the connection, nobody need answer
+        pool = connect(f"redis://127.0.0.1:{listener.getsockname()[1]}").connection_pool
+        connection = pool.make_connection()
+        await connection._connect()
+        own = connection._writer.get_extra_info("socket")
+        assert own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 15
+        assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 3
+        await connection.disconnect()
