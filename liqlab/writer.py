@@ -245,11 +245,11 @@ class Writer:
         busy = self._busy.symbols if self._busy else ()
         try:
             batches = self._link.batches(self._seq + 1, events, busy=busy, ahead=ahead)
-        except CodecError as error:  # the table of names is full
+            if self.journal:
+                self.journal.reserve(batches[-1].seq)
+        except (CodecError, JournalError) as error:  # the table of names, or the disk, is full
             raise WriterError(f"{error}; {self.waiting} events wait") from None
         self._seq = batches[-1].seq
-        if self.journal:
-            self.journal.reserve(self._seq)
         return batches
 
     def _offer(self, batches: list[Batch]) -> None:
@@ -335,8 +335,10 @@ class Writer:
 
     async def _deliver_one(self, batch: Batch, journal: Journal, breaker: Breaker) -> None:
         """Bring one batch into the server, or into the journal: before it was sent in `wal`, instead in `spool`."""
+        if batch.journaled:  # an earlier try got so far: it goes the journal's way
+            return
         behind = self.journaled > 0 and not batch.ahead
-        if journal.mode == "wal" and not batch.journaled:
+        if journal.mode == "wal":
             await self._append(batch, journal)
         if not behind and breaker.allows(critical=batch.ahead) and await self._try(batch, journal, breaker):
             if batch.journaled:

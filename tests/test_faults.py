@@ -298,6 +298,25 @@ async def test_half_open_lets_critical_events_through_and_keeps_the_order_of_the
         assert await client.hkeys(next(iter(await client.keys("liqw:*")))) == [b"seq"]
 
 
+@pytest.mark.parametrize("mode", ["spool", "wal"])
+async def test_an_error_that_is_no_fault_of_the_server_is_raised_and_counted_once(
+    mode: str, tmp_path: Path, default_redis: Redis
+) -> None:
+    """A stranger's key under one of our names: the batch waits, and is written once it is gone."""
+    own = chosen(tmp_path, journal={"path": tmp_path / "journal.db", "mode": mode, "max_bytes": "64mb"})
+    events = numbered(500)
+    await default_redis.set("liqid", "not a list")
+    writer = Writer(default_redis, settings=own)
+    for _ in range(2):
+        with pytest.raises(WriterError, match="WRONGTYPE"):
+            await writer.write_table(events) if not writer.counts.offered else await writer.flush()
+        assert writer.counts.offered == writer.journaled + writer.waiting == 500
+    await default_redis.delete("liqid")
+    await drained(writer)
+    await all_there(default_redis, writer, events)
+    writer.close()
+
+
 async def test_a_full_journal_refuses_and_says_how_much_waits(tmp_path: Path, default_server: Server) -> None:
     events = numbered(100_000)
     own = chosen(tmp_path, journal={"path": tmp_path / "journal.db", "max_bytes": "1mb"})
