@@ -16,6 +16,7 @@ from liqlab import budget, report
 from liqlab.feeds.synth import synth
 from liqlab.replay import ingest
 from liqlab.report import execute
+from liqlab.report.cells import _length
 from liqlab.settings import load
 
 NOTEBOOKS = ("00-start", "01-ingest", "02-memory-budget", "report")
@@ -250,6 +251,13 @@ def test_the_headline_answers_in_words(played):
     assert float(days) == pytest.approx(room / ingested.events * span_ms / 86_400_000, abs=0.06)
     assert server.version in text
     assert "does not fit" not in text
+
+
+@pytest.mark.parametrize(
+    ("days", "text"), [(24_201.8, "66 years"), (9.26, "9.3 days"), (0.5, "12.0 hours"), (0.001, "86 seconds")]
+)
+def test_a_length_of_time_is_said_in_its_own_unit(days, text):
+    assert _length(pd.Timedelta(days, "days")) == text
 
 
 def test_the_headline_says_when_the_feed_does_not_fit(played):

@@ -185,6 +185,8 @@ def _room(budget: Budget, held: int, apart: pd.Timedelta) -> Iterator[str]:
 
 
 def _length(span: pd.Timedelta) -> str:
+    if span >= pd.Timedelta(730, "days"):
+        return f"{span / pd.Timedelta(365.25, 'days'):.0f} years"
     for name in ("days", "hours", "minutes"):
         if span >= pd.Timedelta(2, name):
             return f"{span / pd.Timedelta(1, name):.1f} {name}"
