@@ -9,7 +9,7 @@ each event once, whatever is sealed meanwhile.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Final
@@ -82,12 +82,7 @@ async def history(
         A stream holds what no codec wrote; the message names the stream.
     """
     settings = settings or load()
-    if settings.shards == 1:
-        shards: Iterable[int | None] = [None]
-    elif symbol is not None:
-        shards = [schema.shard_of(symbol, settings.shards)]
-    else:
-        shards = range(settings.shards)
+    shards = schema.shards_of(settings) if symbol is None else [schema.shard_of(symbol, settings.shards)]
     parts = [part for shard in shards for part in await _shard(redis, shard, symbol, start_ms or 0, end_ms)]
     if not parts:
         return empty()
@@ -104,7 +99,7 @@ async def count(redis: Redis, *, settings: Settings | None = None) -> int:
     """Return how many events are stored, hot and sealed."""
     settings = settings or load()
     total = 0
-    for shard in [None] if settings.shards == 1 else range(settings.shards):
+    for shard in schema.shards_of(settings):
         _, sealed, names = await _names(redis, shard)
         keys = await _streams(redis, shard, names, None)
         for at in range(0, len(keys), _STREAMS):
@@ -254,7 +249,7 @@ async def seal(redis: Redis, *, now_ms: int, settings: Settings | None = None, p
     """
     settings = settings or load()
     limit_ms, total = now_ms - settings.retention.hot_s * 1000, Sealed()
-    for shard in [None] if settings.shards == 1 else range(settings.shards):
+    for shard in schema.shards_of(settings):
         tries = 0
         while tries < _TRIES:
             done, more = await _seal_shard(redis, shard, limit_ms, settings, partial)

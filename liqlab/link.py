@@ -205,7 +205,7 @@ class Link:
 
     async def remembered(self) -> bool:
         """Return whether the server knows this writer, from earlier batches of it, perhaps in an earlier process."""
-        shards = [None] if self._settings.shards == 1 else range(self._settings.shards)
+        shards = schema.shards_of(self._settings)
         marks = [schema.BY_NAME["writer"].key(self._name, shard=shard) for shard in shards]
         return sum([await self._redis.exists(mark) for mark in marks]) > 0
 

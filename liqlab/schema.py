@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -168,6 +169,11 @@ def shard_of(symbol: str, shards: int) -> int | None:
     The hash is the same in every process and on every machine, unlike Python's own.
     """
     return None if shards == 1 else zlib.crc32(symbol.encode()) % shards
+
+
+def shards_of(settings: Settings) -> Sequence[int | None]:
+    """Return every shard; a single one is None, as keys have no tag then."""
+    return [None] if settings.shards == 1 else range(settings.shards)
 
 
 def table(settings: Settings) -> pd.DataFrame:

@@ -176,3 +176,8 @@ def test_the_table_has_a_row_a_family():
     assert list(frame["family"]) == [family.name for family in FAMILIES]
     assert frame["ttl_s"].isna().sum() == 2
     assert (frame["ttl_s"].dropna() > 0).all()
+
+
+def test_a_single_shard_has_no_tag():
+    assert list(schema.shards_of(Settings())) == [None]
+    assert list(schema.shards_of(Settings(shards=3))) == [0, 1, 2]
