@@ -72,9 +72,9 @@ async def streams_only(redis: Redis, events: pd.DataFrame) -> None:
     names, columns, script = Names(), Columns.of(events), redis.register_script(link._SCRIPT)
     for seq, start in enumerate(range(0, len(events), 5_000), 1):
         keys, argument = batch.pack(columns.rows(slice(start, start + 5_000)), seq, "bench", names, UNBOUNDED)
-        *head, vwaps, candles, bins, uniques = msgpack.unpackb(argument, strict_map_key=False)
-        sums = [[part[0], *([] for _ in part[1:])] for part in (vwaps, candles, bins)]
-        await script(keys=keys, args=[msgpack.packb([*head, *sums, [*uniques[:2], []]], use_bin_type=False)])
+        *head, vwaps, candles, sketches, uniques = msgpack.unpackb(argument, strict_map_key=False, raw=True)
+        none = [[vwaps[0], *[[]] * 5], candles[:1], [*sketches[:2], *[[]] * 3], [*uniques[:2], []]]
+        await script(keys=keys, args=[msgpack.packb([*head, *none], use_bin_type=False)])
 
 
 async def bytes_each(events: pd.DataFrame, *works: Work) -> list[float]:

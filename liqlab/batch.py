@@ -10,14 +10,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from liqlab import schema
+from liqlab import candles, quantiles, schema
 from liqlab.codecs import CODECS, CodecError, Names
-from liqlab.codecs.base import Value
-from liqlab.events import SIDES, Columns
+from liqlab.codecs.base import Column, Value
+from liqlab.events import Columns
 from liqlab.quantiles import log_bins
 from liqlab.settings import Settings
 
-MOST_BINS: Final = 1_000  # in one call: Lua's unpack has room for about 8,000 values
+_EXACT: Final = 1 << 53  # the largest integer up to which a double holds every one
 
 
 class _Keys:
@@ -79,7 +79,6 @@ def pack(
     streams = _streams(events, place, present, starts, keys, names, settings, shard, busy)
     expected = names.take()
 
-    bought = np.where(events.side == SIDES.index("buy"), size, 0.0)
     vwaps = [
         [keys(family["vwap"].key(name, shard=shard)) for name in present],
         _text(np.add.reduceat(price * size, starts)),
@@ -88,19 +87,6 @@ def pack(
         _text(np.maximum.reduceat(times, starts)),
     ]
 
-    minutes = times // family["candle"].bucket_ms
-    cells = _starts(codes, minutes)
-    cell_names = zip(codes[cells].tolist(), minutes[cells].tolist(), strict=True)
-    heads = [family["candle"].head(name, shard=shard) for name in symbols]
-    candles = [
-        [keys(f"{heads[code]}{minute}") for code, minute in cell_names],
-        _text(np.diff(cells, append=len(codes))),
-        _text(np.add.reduceat(size, cells)),
-        _text(np.add.reduceat(bought, cells)),
-        _text(np.maximum.reduceat(size, cells)),
-        _text(np.add.reduceat(price, cells)),
-        _text(np.add.reduceat(events.notional, cells)),
-    ]
     argument = msgpack.packb(
         [
             seq,
@@ -109,8 +95,8 @@ def pack(
             expected,
             [_maxlen(settings), ttl["events"], *streams],
             [ttl["vwap"], *vwaps],
-            [ttl["candle"], *candles],
-            [ttl["percentile"], *_bins(events, keys, shard)],
+            [settings.writer.candles, *_candles(events, keys, ttl, shard)],
+            [ttl["sketch"], *_sketches(events, keys, settings, shard)],
             [ttl["unique_symbols"], unique, present],
         ],
         use_bin_type=False,  # cmsgpack does not know msgpack's type for bytes
@@ -164,11 +150,11 @@ def _entries(
     fields = codec.fields_of(own)
     odd: dict[int, list[Any]] = {}
     try:
-        columns: Sequence[Sequence[Value]] = codec.encode_columns(events, names, own=own)
+        columns: Sequence[Column] = codec.encode_columns(events, names, own=own)
     except CodecError:  # it looks at every event by itself, so it is asked only then
         carried = codec.carries(events)
         places = np.flatnonzero(carried)
-        encoded = codec.encode_columns(events.rows(places), names, own=own)
+        encoded = [_numbers(column) for column in codec.encode_columns(events.rows(places), names, own=own)]
         holed = np.full((len(fields), len(events)), "", object)
         holed[:, places] = np.array(encoded, object).reshape(len(fields), -1)
         columns = holed.tolist()
@@ -177,40 +163,66 @@ def _entries(
             odd[place] = [word for pair in zip(fallback.fields_of(own), row, strict=True) for word in pair]
     runs = _starts(np.repeat(starts, np.diff(starts, append=len(times))), times)
     seq = np.arange(len(times)) - np.repeat(runs, np.diff(runs, append=len(times)))
-    ids = [f"{ms}-{n}" for ms, n in zip(times.tolist(), seq.tolist(), strict=True)]
+    ids: list[int | str] = times.tolist()  # numbers: an ID without a sequence number has the number 0
+    for place in np.flatnonzero(seq).tolist():
+        ids[place] = f"{ids[place]}-{seq[place]}"
+    values = [_numbers(column) for column in columns]
     stops = [*starts[1:].tolist(), len(times)]
     return [
         [
             stream,
             fields,
             ids[start:stop],
-            [column[start:stop] for column in columns],
+            [column[start:stop] for column in values],
             {place - start + 1: row for place, row in odd.items() if start <= place < stop},
         ]
         for stream, start, stop in zip(keys, starts.tolist(), stops, strict=True)
     ]
 
 
-def _bins(events: Columns, keys: _Keys, shard: int | None) -> list[Any]:
-    """Return keys, bins and counts of each: how many notionals of a symbol and an hour fall into which bin."""
-    family = schema.BY_NAME["percentile"]
-    hours = events.ts_ms // family.bucket_ms
+def _numbers(column: Column) -> Sequence[Value | int]:
+    """Return integers as numbers, which Lua takes for less than texts, but for those that its doubles would round."""
+    if not isinstance(column, np.ndarray):
+        return column
+    numbers: list[int | str] = column.tolist()
+    for place in np.flatnonzero(np.abs(column) > _EXACT).tolist():
+        numbers[place] = str(numbers[place])
+    return numbers
+
+
+def _candles(events: Columns, keys: _Keys, ttl: dict[str, int | None], shard: int | None) -> list[Any]:
+    """Return of each width: TTL, keys, and what these events add to the candles."""
+    found: list[Any] = []
+    step = candles.FORM.itemsize
+    for width, name in candles.WIDTHS.items():
+        part = candles.parts(events, width)
+        heads = [schema.BY_NAME[name].head(symbol, shard=shard) for symbol in events.symbols]
+        places = zip(part.symbol.tolist(), part.bucket.tolist(), strict=True)
+        cells = part.cells.tobytes()
+        found += [ttl[name], [keys(f"{heads[code]}{bucket}") for code, bucket in places]]
+        found.append([cells[at : at + step] for at in range(0, len(cells), step)])
+    return found
+
+
+def _sketches(events: Columns, keys: _Keys, settings: Settings, shard: int | None) -> list[Any]:
+    """Return how many buckets are kept, and keys, buckets and words: how many notionals fall into which bin."""
+    family, retention = schema.BY_NAME["sketch"], settings.retention
+    hours = events.ts_ms // (1000 * retention.percentile_bucket_s)
     bins = log_bins(events.notional)
     order = np.lexsort((bins, hours, events.symbol))
     symbol, hours, bins = events.symbol[order], hours[order], bins[order]
     cells = _starts(symbol, hours, bins)
-    counts, numbers = _text(np.diff(cells, append=len(order))), _text(bins[cells])
+    words, lengths = quantiles.pack(bins[cells], np.diff(cells, append=len(order)))
     buckets = _starts(symbol[cells], hours[cells])
-    heads = [family.head(name, shard=shard) for name in events.symbols]
-    names, of_bucket, counted = [], [], []
-    for start, stop in zip(buckets.tolist(), [*buckets[1:].tolist(), len(cells)], strict=True):
-        at = cells[start]
-        key = keys(f"{heads[symbol[at]]}{hours[at]}")
-        for first in range(start, stop, MOST_BINS):
-            names.append(key)
-            of_bucket.append(numbers[first : min(first + MOST_BINS, stop)])
-            counted.append(counts[first : min(first + MOST_BINS, stop)])
-    return [names, of_bucket, counted]
+    stops = 2 * np.cumsum(lengths)[np.append(buckets[1:], len(cells)) - 1]
+    starts = [0, *stops[:-1].tolist()]
+    first = cells[buckets]
+    return [
+        -(-retention.percentile_window_s // retention.percentile_bucket_s),
+        [keys(family.key(events.symbols[code], shard=shard)) for code in symbol[first].tolist()],
+        hours[first].tolist(),
+        [words[start:stop] for start, stop in zip(starts, stops.tolist(), strict=True)],
+    ]
 
 
 def _text(numbers: NDArray[Any]) -> list[str]:

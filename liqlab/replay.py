@@ -19,6 +19,7 @@ from redis.asyncio import Redis
 
 from liqlab import clock, schema
 from liqlab.archive import count, seal
+from liqlab.candles import WIDTHS
 from liqlab.events import EventError, check
 from liqlab.feeds import Feed
 from liqlab.settings import Journal, Settings, load
@@ -172,8 +173,11 @@ class _Expiry:
                 (
                     streams.get(settings.writer.layout, (*streams["shared"], *streams["per_symbol"])),
                     schema.BY_NAME["vwap"].key(symbol, shard=shard),
-                    schema.BY_NAME["candle"].head(symbol, shard=shard),
-                    schema.BY_NAME["percentile"].head(symbol, shard=shard),
+                    schema.BY_NAME["sketch"].key(symbol, shard=shard),
+                    [
+                        (name, schema.BY_NAME[name].head(symbol, shard=shard), schema.BY_NAME[name].bucket_ms)
+                        for name in WIDTHS.values()
+                    ],
                     schema.BY_NAME["unique_symbols"].key(shard=shard),
                     schema.BY_NAME["blocks"].key(shard=shard),
                 )
@@ -181,16 +185,16 @@ class _Expiry:
 
     def touch(self, start: int, stop: int) -> None:
         """Set the deadlines of the keys that the events of one minute, rows `start` to `stop`, have touched."""
-        minute = int(self._times[start]) // schema.BY_NAME["candle"].bucket_ms
         last = dict(zip(self._codes[start:stop].tolist(), self._times[start:stop].tolist(), strict=True))
         for code, ts_ms in last.items():
-            streams, vwap, candle, percentile, unique, blocks = self._names[code]
+            streams, vwap, sketch, candles, unique, blocks = self._names[code]
             for stream in streams:
                 self._set("events", stream, ts_ms)
             self._set("blocks", blocks, ts_ms)
             self._set("vwap", vwap, ts_ms)
-            self._set("candle", f"{candle}{minute}", ts_ms)
-            self._set("percentile", f"{percentile}{ts_ms // schema.BY_NAME['percentile'].bucket_ms}", ts_ms)
+            self._set("sketch", sketch, ts_ms)
+            for family, head, width_ms in candles:
+                self._set(family, f"{head}{ts_ms // width_ms}", ts_ms)
             if unique not in self._deadlines:  # counts an hour from its first symbol; later ones do not prolong it
                 self._set("unique_symbols", unique, ts_ms)
 

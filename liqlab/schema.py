@@ -59,7 +59,7 @@ class Family:
         if self.ttl is None:
             return None
         seconds = int(getattr(settings.retention, self.ttl))
-        if self.name == "percentile":
+        if self.ttl == "percentile_window_s":
             # A window of 24 h needs the bucket that it starts in as well.
             seconds = settings.retention.percentile_window_s + settings.retention.percentile_bucket_s
         return seconds
@@ -116,6 +116,9 @@ FAMILIES: Final = (
         "percentile",
         "notionals of one hour, by method",
         bucket_ms=HOUR_MS,
+    ),
+    Family(
+        "sketch", "sketch:SYMBOL", "hash", "percentile_window_s", "percentile", "notionals by hour, in log-spaced bins"
     ),
     Family(
         "candle", "candle:SYMBOL:BUCKET", "hash|string", "candle_s", "statistics", "one minute", bucket_ms=MINUTE_MS

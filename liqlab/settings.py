@@ -133,6 +133,7 @@ class Writer(_Section):
     codec: Literal["ints", "fields", "struct19", "msgpack", "json"] = "ints"
     block_codec: Literal["block", "msgpack-zlib"] = "block"
     block_bytes: Annotated[ByteSize, Field(ge=1 << 10, le=1 << 20)] = 16 << 10
+    candles: Literal["packed", "hash"] = "packed"
 
 
 class Journal(_Section):

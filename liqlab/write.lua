@@ -1,22 +1,23 @@
--- One batch of events, whole or not at all: streams, VWAP, candles, percentile bins, unique symbols, and the mark of
+-- One batch of events, whole or not at all: streams, VWAP, candles, sketches of notionals, unique symbols, and the mark of
 -- its writer.
 --
 -- KEYS     every key that is touched: the writer's mark, the names, then the rest
--- ARGV[1]  msgpack: {seq, ahead, mark_ttl, names, streams, vwaps, candles, bins, uniques}
+-- ARGV[1]  msgpack: {seq, ahead, mark_ttl, names, streams, vwaps, candles, sketches, uniques}
 --          ahead     true: sent before batches with lower numbers, so known by its own number alone
 --          names     {epoch, stored, next epoch, {name, ...}}: what the writer takes the names to be, and what it adds
 --          streams   {maxlen, ttl, {key, {field, ...}, {id, ...}, {{value, ...} a field}, {place = {field, value, ...}}} ...}
 --                    where the last holds the rows that have other fields
 --          vwaps     {ttl, {key, ...}, {price_sum, ...}, {volume_sum, ...}, {count, ...}, {last_update, ...}}
---          candles   {ttl, {key, ...}, {count, ...}, {volume, ...}, {buy_volume, ...}, {max_size, ...},
---                     {price_total, ...}, {notional, ...}}
---          bins      {ttl, {key, ...}, {{bin, ...}, ...}, {{count, ...}, ...}}: at most `MOST_BINS` of liqlab.batch a key
+--          candles   {form, ttl, {key, ...}, {cell, ...}, ...}, the last three for each width; form is packed or hash,
+--                    and a cell is what liqlab.candles packs
+--          sketches  {ttl, kept, {key, ...}, {bucket, ...}, {words, ...}}: words are what liqlab.quantiles packs, kept
+--                    how many buckets before the newest stay
 --          uniques   {ttl, key, {symbol, ...}}
 --          where key is an index into KEYS, and sums and counts are text
 -- returns  {late, trimmed}: events that came late, events that MAXLEN pushed out; {0, 0} for a repeated batch;
 --          {-1, 0} with nothing written where the names are not what the writer takes them to be
 
-local seq, ahead, mark_ttl, names, streams, vwaps, candles, bins, uniques = unpack(cmsgpack.unpack(ARGV[1]))
+local seq, ahead, mark_ttl, names, streams, vwaps, candles, sketches, uniques = unpack(cmsgpack.unpack(ARGV[1]))
 local call, pcall, format, match = redis.call, redis.pcall, string.format, string.match
 
 local mark = ahead and 'ahead:' .. format('%.0f', seq) or 'seq'
@@ -55,7 +56,7 @@ for i = 3, #streams do
   for j = 1, #ids do
     local id, came_late = ids[j], nil
     if top_ms then
-      local ms = tonumber(match(id, '%d+'))
+      local ms = tonumber(id) or tonumber(match(id, '%d+'))
       if ms > top_ms then
         top_ms = nil -- the rest of the batch is newer still: its own IDs stand
       else
@@ -105,31 +106,102 @@ for i = 1, #key do
   call('EXPIRE', k, ttl)
 end
 
-local volume, buy_volume, max_size, price_total, notional
-ttl, key, count, volume, buy_volume, max_size, price_total, notional = unpack(candles)
-for i = 1, #key do
-  local k = KEYS[key[i]]
-  local old = call('HMGET', k, 'count', 'volume', 'buy_volume', 'max_size', 'price_total', 'notional')
-  local n, v, b, m, p, u = count[i], volume[i], buy_volume[i], max_size[i], price_total[i], notional[i]
-  if old[1] then
-    n, v, b = format('%.0f', n + old[1]), text(v + old[2]), text(b + old[3])
-    m, p, u = text(math.max(m, tonumber(old[4]))), text(p + old[5]), text(u + old[6])
+-- The packed form of a candle, and the fields of the hash, are those of liqlab.candles.
+local CELL, CELL_BYTES = '<I4I4I4ddddddddd', 84
+local CELL_FIELDS = {'count', 'open_ms', 'close_ms', 'volume', 'buy_volume', 'price_total', 'notional', 'max_size',
+                     'high', 'low', 'open', 'close'}
+
+local function stored_cell(k) -- in either form: the setting may have changed since
+  local old = pcall('GET', k)
+  if type(old) == 'string' then
+    return #old == CELL_BYTES and {struct.unpack(CELL, old)}
+  elseif old and old.err then
+    old = pcall('HMGET', k, unpack(CELL_FIELDS))
+    for i = 1, #CELL_FIELDS do
+      old[i] = tonumber(old[i])
+      if not old[i] then return end
+    end
+    return old
   end
-  call('HSET', k, 'count', n, 'volume', v, 'buy_volume', b, 'max_size', m, 'price_total', p, 'notional', u)
-  call('EXPIRE', k, ttl)
 end
 
-local bin
-ttl, key, bin, count = unpack(bins)
-for i = 1, #key do
-  local k, pairs = KEYS[key[i]], {}
-  -- Two calls for many counts: one HINCRBY each would take longer than everything else.
-  local old = call('HMGET', k, unpack(bin[i]))
-  for j = 1, #bin[i] do
-    pairs[2 * j - 1] = bin[i][j]
-    pairs[2 * j] = old[j] and format('%.0f', old[j] + count[i][j]) or count[i][j]
+local function merge_cell(new, old)
+  for i = 4, 7 do new[i] = new[i] + old[i] end
+  new[1] = new[1] + old[1]
+  new[8], new[9], new[10] = math.max(new[8], old[8]), math.max(new[9], old[9]), math.min(new[10], old[10])
+  if old[2] <= new[2] then new[2], new[11] = old[2], old[11] end
+  if old[3] > new[3] then new[3], new[12] = old[3], old[12] end
+end
+
+local packed = candles[1] == 'packed'
+for width = 2, #candles, 3 do
+  local ttl, key, cell = candles[width], candles[width + 1], candles[width + 2]
+  for i = 1, #key do
+    local k = KEYS[key[i]]
+    if not packed or not call('SET', k, cell[i], 'NX', 'EX', ttl) then
+      local new, old = {struct.unpack(CELL, cell[i])}, stored_cell(k)
+      if old then merge_cell(new, old) end
+      if packed then
+        call('SET', k, struct.pack(CELL, unpack(new, 1, 12)), 'EX', ttl)
+      else
+        local pairs = {}
+        for n = 1, 12 do
+          pairs[2 * n - 1] = CELL_FIELDS[n]
+          pairs[2 * n] = text(new[n])
+        end
+        if call('TYPE', k).ok ~= 'hash' then call('DEL', k) end
+        call('HSET', k, unpack(pairs))
+        call('EXPIRE', k, ttl)
+      end
+    end
   end
-  call('HSET', k, unpack(pairs))
+end
+
+local EACH, FOLD = 8, 512 -- as in liqlab.quantiles; a field is folded each time that it grows past so many bytes
+
+local function fold(field)
+  local bins, counts = {}, {}
+  for at = 1, #field - 1, 2 do
+    local low, high = string.byte(field, at, at + 1)
+    local word = low + 256 * high
+    local n = word % EACH
+    local bin = word - n
+    if not counts[bin] then
+      bins[#bins + 1] = bin
+      counts[bin] = 0
+    end
+    counts[bin] = counts[bin] + n + 1
+  end
+  table.sort(bins)
+  local words = {}
+  for i = 1, #bins do
+    local left = counts[bins[i]]
+    while left > 0 do
+      local n = math.min(left, EACH)
+      words[#words + 1] = struct.pack('<I2', bins[i] + n - 1)
+      left = left - n
+    end
+  end
+  return table.concat(words)
+end
+
+local kept, bucket, words
+ttl, kept, key, bucket, words = unpack(sketches)
+for i = 1, #key do
+  local k, field = KEYS[key[i]], words[i]
+  local old = call('HGET', k, bucket[i])
+  if old then
+    field = old .. field
+    if math.floor(#field / FOLD) > math.floor(#old / FOLD) then field = fold(field) end
+  end
+  if call('HSET', k, bucket[i], field) == 1 then -- a new bucket may push out the oldest
+    local all = call('HKEYS', k)
+    local newest = 0
+    for _, at in ipairs(all) do newest = math.max(newest, tonumber(at)) end
+    for _, at in ipairs(all) do
+      if tonumber(at) < newest - kept then call('HDEL', k, at) end
+    end
+  end
   call('EXPIRE', k, ttl)
 end
 
@@ -149,6 +221,6 @@ end
 call('EXPIRE', KEYS[1], mark_ttl)
 
 -- A decoded batch takes about 1 KB an event of Lua's heap, which the server keeps, and from Redis 8 counts as its own.
-streams, vwaps, candles, bins, uniques = nil, nil, nil, nil, nil
+streams, vwaps, candles, sketches, uniques = nil, nil, nil, nil, nil
 if collectgarbage('count') > 1024 then collectgarbage() end
 return {late, trimmed}

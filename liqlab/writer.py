@@ -33,6 +33,7 @@ from liqlab.link import Batch, Busy, Counts, Link, MemoryLostError, why
 from liqlab.settings import Settings, load
 
 _RETRY_S: Final = 0.5
+_LEAVE_S: Final = 1.5e-7  # an event: a socket takes 200 KB at a time, and only while nothing is being built
 _DRAINED: Final = 20  # batches of the journal read at a time
 
 
@@ -229,7 +230,7 @@ class Writer:
                             await sending
                         self._offer(batches)
                         sending = asyncio.create_task(self._deliver())
-                        await asyncio.sleep(0)  # the batch leaves before the next one is built
+                        await asyncio.sleep(_LEAVE_S * size)  # the batch leaves before the next one is built
                     if sending is not None:
                         await sending
                 finally:
@@ -321,8 +322,7 @@ class Writer:
             self._error = None
         except (RedisError, JournalError) as error:
             number = self._in_flight[0].seq if self._in_flight else "-"
-            text = f"batch {number}: {why(error)}; {self.waiting + self.journaled} events wait"
-            self._error = WriterError(text)
+            self._error = WriterError(f"batch {number}: {why(error)}; {self.waiting + self.journaled} events wait")
             self._room.set()  # who waits for room shall hear of it
             raise self._error from error
 

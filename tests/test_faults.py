@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from redis.asyncio import Redis
 
-from liqlab import clock, settings
+from liqlab import clock, quantiles, settings
 from liqlab.archive import history
 from liqlab.breaker import State
+from liqlab.candles import WIDTHS, candles
 from liqlab.events import Event, EventError, event_table
 from liqlab.server import Server, connect, serve
 from liqlab.writer import Writer, WriterError
@@ -147,8 +148,10 @@ async def all_there(redis: Redis, writer: Writer, events: pd.DataFrame) -> None:
         assert got["count"] == len(part)
         assert math.isclose(got["price_sum"], math.fsum(part["value"]), rel_tol=1e-9)
         assert math.isclose(got["volume_sum"], math.fsum(part["size"]), rel_tol=1e-9)
-    assert sum(bins for one in (await hashes(redis, "size:*")).values() for bins in one.values()) == len(events)
-    assert sum(one["count"] for one in (await hashes(redis, "candle:*")).values()) == len(events)
+        sketch = await redis.hvals(f"sketch:{symbol}")
+        assert sum(quantiles.unpack(field)[1].sum() for field in sketch) == len(part)
+        for width in WIDTHS:
+            assert (await candles(redis, symbol, width=width))["count"].sum() == len(part)
 
 
 async def ingest(writer: Writer, events: pd.DataFrame, seed: int, fault: Callable[[], Awaitable[None]]) -> None:

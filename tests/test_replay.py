@@ -40,7 +40,7 @@ async def test_ttls_run_on_the_feeds_clock(default_redis: Redis) -> None:
     done = await ingest(at(0, 2 * HOUR), default_redis)
     assert f"candle:A:{minute}" not in await keys(default_redis)
     assert float(await default_redis.hget("vwap:A", "count")) == 1  # idle for an hour: begun anew
-    assert done.expired == {"candle": 1, "vwap": 1, "unique_symbols": 1}
+    assert done.expired == {"candle": 1, "candle_5m": 1, "vwap": 1, "unique_symbols": 1}
     assert await default_redis.xlen("liq") == 2  # the stream's own time is longer
 
 
@@ -96,8 +96,8 @@ async def test_the_timeline_is_the_feeds(default_redis: Redis) -> None:
     assert line["ts_ms"].iloc[-1] == events["ts_ms"].iloc[-1]
     assert line["events"].iloc[-1] == len(events) == steps[-1][0] == steps[-1][1]
     assert (line["used_memory"] > 100_000).all()
-    # 600 candles, an hour of them kept, and an hourly bucket for 25 hours: without the feed's clock all would be there.
-    assert line["keys"].max() < 60
+    # 600 candles of a minute and as many of five, an hour of them kept: without the feed's clock all would be there.
+    assert line["keys"].max() < 80
 
 
 async def test_an_empty_feed_says_so(default_redis: Redis) -> None:

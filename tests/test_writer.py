@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 from redis.asyncio import Redis
 
-from liqlab import clock, schema, settings
+from liqlab import clock, quantiles, schema, settings
 from liqlab.archive import history
+from liqlab.candles import WIDTHS
 from liqlab.events import Event, EventError, event_table
 from liqlab.server import Server, connect
 from liqlab.writer import Writer, WriterError
@@ -132,19 +133,36 @@ async def test_two_writers_that_number_the_same_names_do_not_mix_them_up(default
     pd.testing.assert_frame_equal(await stored(default_redis), plain(events), check_dtype=False)
 
 
-async def test_percentile_bins_count_every_event(redis: Redis) -> None:
+@pytest.mark.parametrize("bulk", [7, 70, 5_000])
+async def test_sketches_count_every_event(redis: Redis, bulk: int) -> None:
     events = sample(2_000)
-    await Writer(redis, settings=settings.load(writer={"bulk_events": 70})).write_table(events)
+    await Writer(redis, settings=settings.load(writer={"bulk_events": bulk})).write_table(events)
     counted: dict[tuple[str, int], int] = {}
-    for key, bins in (await hashes(redis, "size:*")).items():
-        _, symbol, hour = key.split(":")
-        assert hour == str(T0 // clock.HOUR_MS)
-        for number, count in bins.items():
-            counted[symbol, int(number)] = int(count)
+    for key in await redis.keys("sketch:*"):
+        [(hour, field)] = (await redis.hgetall(key)).items()
+        assert int(hour) == T0 // clock.HOUR_MS
+        assert len(field) < 2 * 600  # folded: there are not many more words than bins
+        for number, count in zip(*quantiles.unpack(field), strict=True):
+            counted[key.decode().split(":")[1], int(number)] = int(count)
     gamma = 1.01 / 0.99
     number = np.ceil(np.log(events["notional"]) / np.log(gamma)).astype(int)
     expected = events.groupby([events["symbol"].astype(str), number]).size()
     assert counted == expected.to_dict()
+
+
+async def test_a_sketch_keeps_the_hours_of_its_window_and_one_more(default_redis: Redis) -> None:
+    chosen = settings.load(retention={"percentile_window_s": 7_200})
+    writer = Writer(default_redis, settings=chosen)
+
+    def row(hour: int) -> pd.DataFrame:
+        return event_table([hour * clock.HOUR_MS], ["okx"], ["X"], ["buy"], [2.0], [3.0], [6.0])
+
+    for hour in (100, 101, 103, 102, 100, 103):  # 100 is too old when it comes for the second time
+        await writer.write_table(row(hour))
+    kept = {
+        int(hour): quantiles.unpack(field)[1].sum() for hour, field in (await default_redis.hgetall("sketch:X")).items()
+    }
+    assert kept == {101: 1, 102: 1, 103: 2}
 
 
 @pytest.mark.parametrize("bulk", [37, 5_000])
@@ -163,20 +181,6 @@ async def test_aggregates_are_those_of_pandas_whatever_the_batches(redis: Redis,
         assert math.isclose(got["price_sum"], math.fsum(part["value"]), rel_tol=1e-9)
         assert math.isclose(got["volume_sum"], math.fsum(part["size"]), rel_tol=1e-9)
 
-    candles = await hashes(redis, "candle:*")
-    groups = events.groupby([events["symbol"].astype(str), events["ts_ms"] // 60_000])
-    assert len(candles) == groups.ngroups
-    for (symbol, minute), part in groups:
-        got = candles[f"candle:{symbol}:{minute}"]
-        bought = part["size"][part["side"] == "buy"]
-        assert (got["count"], got["max_size"]) == (len(part), part["size"].max())
-        for name, values in (
-            ("volume", part["size"]),
-            ("buy_volume", bought),
-            ("price_total", part["price"]),
-            ("notional", part["notional"]),
-        ):
-            assert math.isclose(got[name], math.fsum(values), rel_tol=1e-9), name
     assert abs(await redis.pfcount("unique_symbols:1h") - len(vwaps)) <= 1
 
 
@@ -190,7 +194,7 @@ async def test_every_key_is_in_the_schema_with_its_type_and_ttl(redis: Redis) ->
         assert (await redis.type(key)).decode() in family.redis_type.split("|")
         ttl = await redis.ttl(key)
         assert ttl == -1 if family.ttl is None else 0 < ttl <= (family.ttl_s(chosen) or 0), key
-    assert seen == {"events", "names", "vwap", "candle", "percentile", "unique_symbols", "writer"}
+    assert seen == {"events", "names", "vwap", "sketch", "unique_symbols", "writer", *WIDTHS.values()}
 
 
 async def test_late_events_are_kept_with_their_own_time(redis: Redis) -> None:
@@ -319,7 +323,7 @@ async def test_a_full_server_loses_nothing(fresh_server: Callable[..., Server]) 
         writer={"bulk_events": 500},
         retention={"events_maxlen": 10**6},
     )
-    server, events = fresh_server(settings=chosen), sample(150_000)
+    server, events = fresh_server(settings=chosen), sample(300_000)
     async with server.connect() as client:
         writer = Writer(client, settings=chosen)
         with pytest.raises(WriterError, match="free memory or raise maxmemory"):

@@ -170,7 +170,7 @@ class Integers(Codec):
         price, size = scaled(events.price), scaled_sizes(events.size, events.price)
         return price.found & size.found, (price, size)
 
-    def _encode(self, events: Columns, fit: tuple[Scaled, Sizes], names: Names, own: bool) -> list[list[Value]]:
+    def _encode(self, events: Columns, fit: tuple[Scaled, Sizes], names: Names, own: bool) -> list[Ints]:
         price, size = fit
         symbol = np.int64(0) if own else numbers_of(events.symbol, events.symbols, names.of_symbols)
         exchange = numbers_of(events.exchange, events.exchanges, names.of_exchanges)
@@ -185,8 +185,7 @@ class Integers(Codec):
         near = (price.exponent > 0) & (price.exponent < self._TICKS)
         p = np.where(near, price.mantissa << 3 | price.exponent, (price.mantissa << 4 | price.exponent) << 3)
         p = np.where(events.side == _SELL, -p, p)
-        # Three times as fast as str().
-        return [[*orjson.dumps(v, option=orjson.OPT_SERIALIZE_NUMPY).decode()[1:-1].split(",")] for v in (c, p, z)]
+        return [c, p, z]
 
     def _decode(self, ts_ms: Ints, columns: list[tuple[bytes, ...]], names: Names, own: str | None) -> Columns:
         try:
