@@ -32,6 +32,8 @@ SHARE_COLORS: Final = {
     UNATTRIBUTED: "#9AA0A6",
     FOREIGN: "#5F6368",
 }
+PLACE_COLORS: Final = {"in Redis": "#0072B2", "in the journal": "#D55E00", "in memory": "black"}
+STATE_COLORS: Final = {"closed": "white", "half-open": "#FFF0B8", "open": "#F9D3C7"}
 MAX_BARS: Final = 1_500
 _INK, _FAINT, _PALE = "#24292F", "#6E7781", "#EEF1F4"
 _WHOLE: Final = "whole server"
@@ -280,6 +282,37 @@ def codec_costs(compared: pd.DataFrame) -> go.Figure:
     order = compared["bytes"].sort_values()
     title = f"{order.index[0]} takes {order.iloc[0]:.1f} bytes an event, {order.index[-1]} {order.iloc[-1]:.0f}"
     return _dress(figure, title, "Values alone, without what Redis adds", 420, legend=True)
+
+
+def breaker_timeline(seen: pd.DataFrame) -> go.Figure:
+    """Draw where a writer's events were while its server failed, over the states of its breaker.
+
+    A row of `seen` is a sample: `seconds`, `phase` (of the server), `breaker`, and events in each of `PLACE_COLORS`.
+    """
+    figure, spent = go.Figure(), dict.fromkeys(STATE_COLORS, 0.0)
+    for place, color in PLACE_COLORS.items():
+        figure.add_scatter(name=place, x=seen["seconds"], y=seen[place], line={"color": color}, mode="lines")
+    figure.update_traces(hovertemplate="%{x:.2f} s: %{y:,} events %{fullData.name}<extra></extra>")
+    row = {"y": 1, "yref": "paper", "yanchor": "top", "showarrow": False}
+    for state, start, end in _runs(seen, "breaker"):
+        figure.add_vrect(x0=start, x1=end, fillcolor=STATE_COLORS[state], line_width=0, layer="below")
+        figure.add_annotation(text=state, x=(start + end) / 2, yshift=-18, bgcolor=STATE_COLORS[state], **row)
+        spent[state] += end - start
+    for phase, start, end in _runs(seen, "phase"):
+        figure.add_vline(x=end, line={"color": _FAINT, "width": 1, "dash": "dash"})
+        figure.add_annotation(text=phase, x=(start + end) / 2, **row)
+    figure.update_xaxes(title_text="seconds")
+    figure.update_yaxes(title_text="events", range=[0, 1.2 * seen[list(PLACE_COLORS)].sum(axis=1).max()])
+    title = f"Up to {seen['in the journal'].max():,} events wait in the journal, {seen['in memory'].max():,} in memory"
+    detail = ", ".join(f"{state} for {length:.1f} s" for state, length in spent.items() if length)
+    return _dress(figure, title, f"The breaker (shaded) was {detail}", 380, legend=True)
+
+
+def _runs(seen: pd.DataFrame, column: str) -> list[tuple[str, float, float]]:
+    """Return each value of a column as long as it lasts, with the seconds at which it begins and ends."""
+    first = seen[seen[column] != seen[column].shift()]
+    ends = [*first["seconds"][1:], seen["seconds"].iloc[-1]]
+    return list(zip(first[column], first["seconds"], ends, strict=True))
 
 
 def _rate(events: pd.DataFrame, weights: NDArray[Any], what: str, unit: str = "") -> go.Figure:

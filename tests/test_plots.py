@@ -275,6 +275,24 @@ def test_codec_costs_are_drawn_as_they_were_measured():
     assert words(figure).startswith("block takes")
 
 
+def test_a_breaker_s_states_are_shaded_as_long_as_they_last():
+    states = ["closed"] * 3 + ["open"] * 4 + ["closed"] * 2 + ["half-open"] * 2
+    seen = pd.DataFrame({"seconds": np.arange(11) / 2, "phase": ["works"] * 2 + ["frozen"] * 9, "breaker": states})
+    seen = seen.assign(**{"in Redis": range(0, 110, 10), "in the journal": [0] * 4 + [1234] + [0] * 6, "in memory": 7})
+    figure = plots.breaker_timeline(seen)
+    bands = [(shape.fillcolor, shape.x0, shape.x1) for shape in figure.layout.shapes if shape.type == "rect"]
+    colors = [plots.STATE_COLORS[state] for state in ("closed", "open", "closed", "half-open")]
+    assert bands == list(zip(colors, [0, 1.5, 3.5, 4.5], [1.5, 3.5, 4.5, 5], strict=True))
+    labels = [(note.text, note.x) for note in figure.layout.annotations]
+    assert labels[:2] == [("closed", 0.75), ("open", 2.5)]
+    assert labels[-2:] == [("works", 0.5), ("frozen", 3.0)]
+    assert {place: list(trace(figure, place).y) for place in plots.PLACE_COLORS} == seen[[*plots.PLACE_COLORS]].to_dict(
+        "list"
+    )
+    assert "Up to 1,234 events wait in the journal, 7 in memory" in words(figure)
+    assert "closed for 2.5 s, half-open for 0.5 s, open for 2.0 s" in words(figure)
+
+
 @pytest.mark.parametrize("draw", [plots.events_per_minute, plots.notional_per_minute, plots.top_symbols])
 def test_a_feed_without_events_is_said_to_be_one(draw):
     assert "No events" in words(draw(empty()))
