@@ -26,7 +26,8 @@ from liqlab.codecs.names import HEAD
 from liqlab.events import Columns, empty
 from liqlab.settings import Settings, load
 
-_PAGE: Final = 5_000
+_ROUND: Final = 20_000  # entries read in one round trip, about 2 MB
+_LEAST: Final = 100
 _READ: Final = 50_000  # of one stream, for sealing
 _BLOCKS: Final = 16  # a page of them
 _STREAMS: Final = 100  # read in one round trip
@@ -121,6 +122,12 @@ async def _names(redis: Redis, shard: int | None) -> tuple[str, int, Names]:
     return epoch, int(head[1]), Names(head[HEAD:], epoch)
 
 
+async def streams(redis: Redis, shard: int | None) -> list[str]:
+    """Return the keys of the hot streams that a shard may have, the one that symbols share first."""
+    _, _, names = await _names(redis, shard)
+    return [key for key, _ in await _streams(redis, shard, names, None)]
+
+
 async def _streams(redis: Redis, shard: int | None, names: Names, symbol: str | None) -> list[tuple[str, str | None]]:
     """Return the hot streams there may be, each with its symbol, None for the shared one."""
     key = schema.BY_NAME["events"].key
@@ -129,7 +136,10 @@ async def _streams(redis: Redis, shard: int | None, names: Names, symbol: str | 
         pattern = key("*", shard=shard)
         head = len(pattern) - 1
         symbols = [found.decode()[head:] async for found in redis.scan_iter(match=pattern, count=1_000)]
-    return [(key(shard=shard), None), *((key(name, shard=shard), name) for name in symbols)]
+    own = [(key(name, shard=shard), name) for name in symbols]
+    if symbol is None and own and not await redis.exists(*(name for name, _ in own)):
+        own = []  # as nearly always in the layout `shared`: 400 looks at nothing are saved
+    return [(key(shard=shard), None), *own]
 
 
 async def _shard(
@@ -140,9 +150,8 @@ async def _shard(
     keys = await _streams(redis, shard, names, symbol)
     for at in range(0, len(keys), _STREAMS):
         hot += await _backwards(redis, keys[at : at + _STREAMS], start_ms)
-    _, sealed, names = await _names(
-        redis, shard
-    )  # with every name that was given a number before the entries were read
+    # With every name that was given a number before the entries were read.
+    _, sealed, names = await _names(redis, shard)
     parts: list[Columns] = []
     for key, own, entries in hot:
         kept = [entry for entry in entries if int(entry[0].partition(b"-")[0]) >= sealed]
@@ -161,13 +170,15 @@ async def _backwards(
     found: dict[str, list[Entry]] = {key: [] for key, _ in keys}
     ends = dict.fromkeys(found, "+")
     while ends:
+        # All replies of a round wait in the server's memory, which `maxmemory-clients` bounds.
+        count = max(_ROUND // len(ends), _LEAST)
         pipe = redis.pipeline(transaction=False)
         for key, end in ends.items():
-            pipe.execute_command("XREVRANGE", key, end, start_ms, "COUNT", _PAGE)
+            pipe.execute_command("XREVRANGE", key, end, start_ms, "COUNT", count)
         for key, page in zip(list(ends), await pipe.execute(), strict=True):
             entries = [_entry(item) for item in page]
             found[key] += entries
-            if len(entries) < _PAGE:
+            if len(entries) < count:
                 del ends[key]
             else:
                 ends[key] = "(" + entries[-1][0].decode()
@@ -269,7 +280,6 @@ async def _seal_shard(
         return Sealed(), False
     known = names.stored + HEAD
     streams = await _streams(redis, shard, names, None)
-    streams = streams[:1] if settings.writer.layout == "shared" else streams
     pipe = redis.pipeline(transaction=False)
     for key, _ in streams:
         pipe.execute_command("XRANGE", key, "-", f"({limit_ms}-0", "COUNT", _READ)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import msgpack
@@ -67,24 +68,27 @@ def pack(
     family = schema.BY_NAME
     keys = _Keys()
     keys(family["writer"].key(writer, shard=shard))
-    keys(family["names"].key(shard=shard))
+    for name in ("names", "limits", "blocks", "events"):
+        keys(family[name].key(shard=shard))
     unique = keys(family["unique_symbols"].key(shard=shard))
     ttl = {name: row.ttl_s(settings) for name, row in family.items()}
 
     place = np.argsort(events.symbol, kind="stable")
     events = events.rows(place)
-    codes, symbols, times, price, size = events.symbol, events.symbols, events.ts_ms, events.price, events.size
-    starts = _starts(codes)
-    present = [symbols[code] for code in codes[starts].tolist()]
-    streams = _streams(events, place, present, starts, keys, names, settings, shard, busy)
+    starts = _starts(events.symbol)
+    counts = np.diff(starts, append=len(events))
+    # A small part of a table has few of its symbols: what is done for each is done for those only.
+    present = [events.symbols[code] for code in events.symbol[starts].tolist()]
+    events = replace(events, symbol=np.repeat(np.arange(len(starts)), counts), symbols=present)
+    streams = _streams(events, place, starts, keys, names, settings, shard, busy)
     expected = names.take()
 
     vwaps = [
         [keys(family["vwap"].key(name, shard=shard)) for name in present],
-        _text(np.add.reduceat(price * size, starts)),
-        _text(np.add.reduceat(size, starts)),
-        _text(np.diff(starts, append=len(codes))),
-        _text(np.maximum.reduceat(times, starts)),
+        _text(np.add.reduceat(events.price * events.size, starts)),
+        _text(np.add.reduceat(events.size, starts)),
+        _text(counts),
+        _text(np.maximum.reduceat(events.ts_ms, starts)),
     ]
 
     argument = msgpack.packb(
@@ -112,7 +116,6 @@ def _maxlen(settings: Settings) -> int:
 def _streams(
     events: Columns,
     place: NDArray[np.intp],
-    present: list[str],
     starts: NDArray[np.intp],
     keys: _Keys,
     names: Names,
@@ -124,7 +127,7 @@ def _streams(
 
     `place` says where the events, here in the order of symbols, stand in the batch, `starts` where symbols begin.
     """
-    layout, key = settings.writer.layout, schema.BY_NAME["events"].key
+    layout, key, present = settings.writer.layout, schema.BY_NAME["events"].key, events.symbols
     alone = np.array([layout == "per_symbol" or (layout == "hybrid" and name in busy) for name in present])
     of_row = np.repeat(alone, np.diff(starts, append=len(events)))
     streams: list[Any] = []

@@ -34,6 +34,7 @@ FORM: Final = np.dtype(
 )  # fmt: skip
 _READ: Final = 1_000  # keys of a pipeline
 _SCANNED: Final = 10_000
+_TAG: Final = re.compile(r"(?<=:)\{\d+\}:")  # of the shard
 
 
 class Parts(NamedTuple):
@@ -136,20 +137,45 @@ async def candles(
         buckets = [bucket for bucket in buckets if low <= bucket * family.bucket_ms <= high]
     else:
         buckets = list(range(-(-start_ms // family.bucket_ms), end_ms // family.bucket_ms + 1))
-    found, kept = [], []
+    times, cells = [], []
     for start in range(0, len(buckets), _READ):
         some = buckets[start : start + _READ]
-        cells = await _read(redis, [f"{head}{bucket}" for bucket in some])
-        kept += [bucket * family.bucket_ms for bucket, cell in zip(some, cells, strict=True) if cell]
-        found += [cell for cell in cells if cell]
-    table = np.frombuffer(b"".join(found), FORM)
+        for bucket, cell in zip(some, await _read(redis, [f"{head}{bucket}" for bucket in some]), strict=True):
+            if cell:
+                times.append(bucket * family.bucket_ms)
+                cells.append(cell)
+    return _table(cells).set_index(pd.Index(times, dtype=np.int64, name="ts_ms"))
+
+
+async def every(redis: Redis, width: str) -> pd.DataFrame:
+    """Return the candles of all symbols, in the columns of `candles` behind `symbol` and `ts_ms`; takes a scan."""
+    family = schema.BY_NAME[WIDTHS[width]]
+    keys = [key.decode() async for key in redis.scan_iter(match=f"{family.pattern.split(':')[0]}:*", count=_SCANNED)]
+    keys = sorted(key for key in keys if schema.family_of(key) is family)
+    names, times, cells = [], [], []
+    for start in range(0, len(keys), _READ):
+        some = keys[start : start + _READ]
+        for key, cell in zip(some, await _read(redis, some), strict=True):
+            if cell:
+                *words, bucket = _TAG.sub("", key).split(":")[1:]
+                names.append(":".join(words))
+                times.append(int(bucket) * family.bucket_ms)
+                cells.append(cell)
+    table = _table(cells)
+    table.insert(0, "symbol", pd.Series(names, dtype="str"))
+    table.insert(1, "ts_ms", np.array(times, np.int64))
+    return table
+
+
+def _table(cells: list[bytes]) -> pd.DataFrame:
+    table = np.frombuffer(b"".join(cells), FORM)
     columns = {name: table[name] for name in ("open", "high", "low", "close")}
     columns["vwap"] = table["notional"] / table["volume"]
     columns["mean_price"] = table["price_total"] / table["count"]
     columns |= {name: table[name] for name in ("count", "volume", "buy_volume")}
     columns["sell_volume"] = table["volume"] - table["buy_volume"]
     columns |= {name: table[name] for name in ("max_size", "notional")}
-    return pd.DataFrame(columns, index=pd.Index(kept, dtype=np.int64, name="ts_ms")).astype({"count": np.int64})
+    return pd.DataFrame(columns).astype({"count": np.int64})
 
 
 async def _read(redis: Redis, keys: list[str]) -> list[bytes]:

@@ -27,6 +27,7 @@ from liqlab.settings import Settings
 _SCRIPT: Final = files("liqlab").joinpath("write.lua").read_text()
 _ATTEMPTS: Final = 3
 _BACKOFF_S: Final = 0.05
+_OTHER_NAMES, _REPEATED = -1, -2  # what write.lua answers instead of a number of late events
 LOST: Final = (RedisConnectionError, RedisTimeoutError)
 
 
@@ -193,11 +194,13 @@ class Link:
                 self._counts.resent += 1
                 await asyncio.sleep(_BACKOFF_S * 2**attempt)
                 continue
-            if late < 0:
+            if late == _OTHER_NAMES:
                 await self._read_names(shard)
                 continue
             batch.left.pop(0)
             batch.packed.pop(shard, None)
+            if late == _REPEATED:  # under what names it was taken is not known any more
+                continue
             self._acknowledged[shard] = self._names[shard].epoch
             self._counts.late += int(late)
             self._counts.trimmed += int(trimmed)

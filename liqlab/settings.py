@@ -7,12 +7,14 @@ environment (``LIQLAB_WRITER__BATCH_MS=50`` sets ``writer.batch_ms``), keywords.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -30,6 +32,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 FILE: Final = "liqlab.toml"
 ENV_PREFIX: Final = "LIQLAB_"
+_SECRETS: Final = ("redis_url", "monitor.webhook")  # an address may hold a password or a token
 _UNITS: Final = {"": 1, "b": 1, "k": 1000, "kb": 1 << 10, "m": 1000**2, "mb": 1 << 20, "g": 1000**3, "gb": 1 << 30}
 
 
@@ -97,6 +100,7 @@ class Retention(_Section):
     signal_s: PositiveInt = 3_600
     temporary_s: PositiveInt = 300
     writer_s: PositiveInt = 86_400
+    lock_s: PositiveInt = 30
 
 
 class Thresholds(_Section):
@@ -144,6 +148,19 @@ class Journal(_Section):
     max_bytes: Annotated[ByteSize, Field(ge=1 << 20)] = 64 << 20
 
 
+class Cleanup(_Section):
+    """How often what is kept is bounded, in seconds, and where what leaves Redis goes."""
+
+    trim_s: PositiveFloat = 10.0
+    check_s: PositiveFloat = 300.0
+    compact_s: PositiveFloat = 1_800.0
+    daily_s: PositiveFloat = 86_400.0
+    dwell_s: PositiveFloat = 300.0
+    folder: Path | None = None
+    folder_days: PositiveInt = 7
+    rss_bytes: Annotated[ByteSize, Field(ge=1 << 20)] | None = None
+
+
 class Server(_Section):
     """The server that liqlab starts for itself."""
 
@@ -166,6 +183,45 @@ class Feeds(_Section):
 
     contract_sizes: dict[str, PositiveFloat] = Field(default_factory=dict)
     quarantine_dir: Path | None = None
+
+
+class Monitor(_Section):
+    """How often a running server is looked at, and which fractions of what it may use are an alert."""
+
+    interval_s: PositiveFloat = 30.0
+    warning: Share = 0.85
+    critical: Share = 0.95
+    journal: Share = 0.80
+    webhook: SecretStr | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Monitor:
+        if not self.warning < self.critical:
+            raise ValueError(f"warning {self.warning} < critical {self.critical} must hold")
+        return self
+
+    @field_validator("webhook")
+    @classmethod
+    def _on_this_machine(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not _is_local(value.get_secret_value()):
+            raise ValueError(
+                "must be on this machine, as http://127.0.0.1:PORT/PATH, http://localhost:PORT/PATH or "
+                "unix:///PATH/TO/SOCKET; let something that listens there pass it on"
+            )
+        return value
+
+
+def _is_local(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname or "", parts.port
+        if parts.scheme == "unix":
+            return parts.path.startswith("/") and not host
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+    plain = "@" not in parts.netloc and url.isascii() and url.isprintable() and " " not in url
+    return parts.scheme == "http" and loopback and plain
 
 
 class Settings(BaseSettings):
@@ -192,8 +248,10 @@ class Settings(BaseSettings):
     thresholds: Thresholds = Thresholds()
     writer: Writer = Writer()
     journal: Journal = Journal()
+    cleanup: Cleanup = Cleanup()
     server: Server = Server()
     feeds: Feeds = Feeds()
+    monitor: Monitor = Monitor()
 
     @classmethod
     def settings_customise_sources(
@@ -265,7 +323,7 @@ def _problem(item: dict[str, Any], known: set[str]) -> str:
         return _unknown(name, list(known))
     message = str(item["msg"]).removeprefix("Value error, ")
     # A secret is named, never shown; a section's own rule speaks of several values and shows them itself.
-    value = "" if name == "redis_url" or isinstance(item["input"], dict | BaseModel) else f" = {item['input']!r}"
+    value = "" if name in _SECRETS or isinstance(item["input"], dict | BaseModel) else f" = {item['input']!r}"
     return f"{name}{value}: {message[:1].lower()}{message[1:]}"
 
 

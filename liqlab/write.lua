@@ -1,7 +1,8 @@
 -- One batch of events, whole or not at all: streams, VWAP, candles, sketches of notionals, unique symbols, and the mark of
 -- its writer.
 --
--- KEYS     every key that is touched: the writer's mark, the names, then the rest
+-- KEYS     every key that is touched: the writer's mark, the names, the limits, the blocks, the stream that symbols
+--          share, then the rest
 -- ARGV[1]  msgpack: {seq, ahead, mark_ttl, names, streams, vwaps, candles, sketches, uniques}
 --          ahead     true: sent before batches with lower numbers, so known by its own number alone
 --          names     {epoch, stored, next epoch, {name, ...}}: what the writer takes the names to be, and what it adds
@@ -14,7 +15,8 @@
 --                    how many buckets before the newest stay
 --          uniques   {ttl, key, {symbol, ...}}
 --          where key is an index into KEYS, and sums and counts are text
--- returns  {late, trimmed}: events that came late, events that MAXLEN pushed out; {0, 0} for a repeated batch;
+-- returns  {late, trimmed}: events that came late, events that MAXLEN or the limits pushed out;
+--          {-2, 0} for a repeated batch;
 --          {-1, 0} with nothing written where the names are not what the writer takes them to be
 
 local seq, ahead, mark_ttl, names, streams, vwaps, candles, sketches, uniques = unpack(cmsgpack.unpack(ARGV[1]))
@@ -22,7 +24,7 @@ local call, pcall, format, match = redis.call, redis.pcall, string.format, strin
 
 local mark = ahead and 'ahead:' .. format('%.0f', seq) or 'seq'
 local last = call('HGET', KEYS[1], mark)
-if last and (ahead or tonumber(last) >= seq) then return {0, 0} end
+if last and (ahead or tonumber(last) >= seq) then return {-2, 0} end
 
 local head = call('LRANGE', KEYS[2], 0, 1)
 if (head[1] or '') ~= names[1] or math.max(call('LLEN', KEYS[2]) - 2, 0) ~= names[2] then return {-1, 0} end
@@ -37,6 +39,7 @@ local function text(x)
   return s
 end
 
+local MOST_OF_ONE_MS = 1024 -- late events: a block, which holds 32,768 events, ends between two different times
 local late, trimmed = 0, 0
 for i = 3, #streams do
   local key, fields, ids, columns, odd = KEYS[streams[i][1]], unpack(streams[i], 2)
@@ -62,6 +65,7 @@ for i = 3, #streams do
       else
         -- A stream only grows at its end, so a late event takes the next free ID there and carries its own time.
         top_seq = top_seq + 1
+        if top_seq == MOST_OF_ONE_MS then top_ms, top_seq = top_ms + 1, 0 end
         id = format('%.0f-%.0f', top_ms, top_seq)
         if ms < top_ms then
           came_late = format('%.0f', ms)
@@ -91,6 +95,27 @@ for i = 3, #streams do
   end
   trimmed = trimmed + call('XTRIM', key, 'MAXLEN', '~', streams[1])
   call('EXPIRE', key, streams[2])
+end
+
+-- Bytes, not counts: between two rounds of cleanup this keeps the streams within what the last one measured and allowed.
+local MOST_BLOCKS = 16 -- in one batch, since their events are counted: cleanup itself makes the larger cuts
+local limit = call('HMGET', KEYS[3], 'bytes', 'event_bytes', 'block_bytes')
+if limit[3] then
+  local event_bytes, block_bytes = tonumber(limit[2]), tonumber(limit[3])
+  local hot, blocks = call('XLEN', KEYS[5]), call('XLEN', KEYS[4])
+  local over = hot * event_bytes + blocks * block_bytes - tonumber(limit[1])
+  local oldest = math.min(math.ceil(over / block_bytes), blocks, MOST_BLOCKS)
+  if oldest > 0 then
+    for _, entry in ipairs(call('XRANGE', KEYS[4], '-', '+', 'COUNT', oldest)) do
+      local field, block = unpack(entry[2])
+      if field == 'b' then trimmed = trimmed + 256 * string.byte(block, 2) + string.byte(block, 3) end
+    end
+    call('XTRIM', KEYS[4], 'MAXLEN', blocks - oldest)
+    over = over - oldest * block_bytes
+  end
+  if over > 0 and oldest == blocks then
+    trimmed = trimmed + call('XTRIM', KEYS[5], 'MAXLEN', math.max(hot - math.ceil(over / event_bytes), 0))
+  end
 end
 
 local ttl, key, price_sum, volume_sum, count, last_update = unpack(vwaps)

@@ -106,8 +106,8 @@ def test_each_lifetime_follows_its_setting(family):
 
 def test_only_critical_families_live_for_ever():
     # volatile-ttl evicts nothing without a TTL: whatever else had none would grow until writes fail.
-    assert {family.name for family in FAMILIES if family.ttl is None} == {"names", "position"}
-    assert {family.name for family in FAMILIES if family.critical} == {"names", "position", "signal"}
+    assert {family.name for family in FAMILIES if family.ttl is None} == {"names", "position", "limits"}
+    assert {family.name for family in FAMILIES if family.critical} == {"names", "position", "signal", "limits", "lock"}
 
 
 # Shards
@@ -174,7 +174,7 @@ def test_the_documented_example_runs():
 def test_the_table_has_a_row_a_family():
     frame = schema.table(Settings())
     assert list(frame["family"]) == [family.name for family in FAMILIES]
-    assert frame["ttl_s"].isna().sum() == 2
+    assert frame["ttl_s"].isna().sum() == 3
     assert (frame["ttl_s"].dropna() > 0).all()
 
 

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from redis.asyncio import Redis
 
-from liqlab import clock, quantiles, schema, settings
-from liqlab.archive import history
+from liqlab import clock, link, quantiles, schema, settings
+from liqlab.archive import history, seal
 from liqlab.candles import WIDTHS
-from liqlab.events import Event, EventError, event_table
+from liqlab.events import Columns, Event, EventError, event_table
 from liqlab.server import Server, connect
 from liqlab.writer import Writer, WriterError
 
@@ -349,3 +349,38 @@ async def test_maxlen_is_reported(default_redis: Redis, layout: str, cap: str) -
 async def test_the_lua_heap_stays_small(default_redis: Redis) -> None:
     await Writer(default_redis, settings=settings.load(writer={"bulk_events": 20_000})).write_table(sample(20_000))
     assert (await default_redis.info("memory"))["used_memory_vm_eval"] < 4 << 20
+
+
+async def test_more_late_events_than_a_block_holds_can_be_sealed(default_redis: Redis) -> None:
+    events = sample(50_000)
+    older = events.assign(ts_ms=events["ts_ms"] - clock.DAY_MS)
+    chosen = settings.load(retention={"shared_maxlen": 10**6})
+    writer = Writer(default_redis, settings=chosen)
+    await writer.write_table(events)
+    await writer.write_table(older)  # a second recording, of the day before
+    assert writer.counts.late == len(older)
+    await seal(default_redis, now_ms=T0 + clock.DAY_MS, settings=chosen, partial=True)
+    assert await default_redis.xlen("liq") == 0
+    pd.testing.assert_frame_equal(await stored(default_redis), plain(pd.concat([older, events])), check_dtype=False)
+
+
+async def test_a_changed_layout_hides_nothing(default_redis: Redis) -> None:
+    first, second = np.array_split(np.arange(2_000), 2)
+    events = sample(2_000)
+    own, shared = (settings.load(writer={"layout": name}) for name in ("per_symbol", "shared"))
+    await Writer(default_redis, settings=own).write_table(events.iloc[first])
+    await Writer(default_redis, settings=shared).write_table(events.iloc[second])
+    await seal(default_redis, now_ms=T0 + clock.DAY_MS, settings=shared, partial=True)
+    pd.testing.assert_frame_equal(await stored(default_redis, shared), plain(events), check_dtype=False)
+
+
+async def test_a_repeated_batch_is_no_sign_of_lost_memory(default_redis: Redis) -> None:
+    events = sample(300)
+    counts = link.Counts()
+    first = link.Link(default_redis, settings.load(), "me", counts)
+    await first.send(first.batch(1, Columns.of(events.iloc[:100])))
+    again = link.Link(default_redis, settings.load(), "me", counts)  # the process was restarted: it knows no names yet
+    for seq, start in ((1, 0), (2, 100), (3, 200)):
+        await again.send(again.batch(seq, Columns.of(events.iloc[start : start + 100])))
+    assert counts.memory_lost == 0
+    pd.testing.assert_frame_equal(await stored(default_redis), plain(events), check_dtype=False)

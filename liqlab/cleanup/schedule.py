@@ -1,0 +1,108 @@
+"""When cleanup runs: on the wall's clock by APScheduler, in one process only, or on a feed's clock.
+
+The process that runs it holds a lock in Redis whose TTL it renews; when it dies, another one takes over within
+`retention.lock_s`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Final
+
+from apscheduler.schedulers.asyncio import AsyncIOScheduler
+from redis.asyncio import Redis
+from redis.asyncio.lock import Lock
+from redis.exceptions import LockError, RedisError
+
+from liqlab import schema
+from liqlab.cleanup import Action, Cleaner
+
+JOBS: Final = ("trim", "check", "compact", "daily")  # methods of Cleaner; `cleanup.NAME_s` is how often each runs
+_RENEWALS: Final = 3  # within the life of the lock
+_log: Final = logging.getLogger(__name__)
+
+
+class EventClock:
+    """Runs what is due by a feed's own time; what fell due several times runs once."""
+
+    def __init__(self, cleaner: Cleaner) -> None:
+        self._cleaner = cleaner
+        self._due_ms: dict[str, int] = {}
+
+    async def run(self, now_ms: int) -> list[Action]:
+        """Run the jobs that are due at an event time, ms; return what they did."""
+        done: list[Action] = []
+        for job in JOBS:
+            every_ms = _every_ms(self._cleaner, job)
+            if now_ms >= self._due_ms.setdefault(job, now_ms if job == "trim" else now_ms + every_ms):
+                done += await getattr(self._cleaner, job)(now_ms)
+                self._due_ms[job] = now_ms + every_ms
+        return done
+
+
+def _every_ms(cleaner: Cleaner, job: str) -> int:
+    return int(1000 * getattr(cleaner.settings.cleanup, f"{job}_s"))
+
+
+async def run(redis: Redis, cleaner: Cleaner, *, on_wait: Callable[[str], None] | None = None) -> None:
+    """Run the schedule until cancelled; wait first while another process does.
+
+    Parameters
+    ----------
+    redis : redis.asyncio.Redis
+    cleaner : Cleaner
+    on_wait : callable, optional
+        Is told, once, that this process waits for another.
+    """
+    life_s = cleaner.settings.retention.lock_s
+    lock = redis.lock(schema.BY_NAME["lock"].key(), timeout=life_s)
+    while True:
+        if not await lock.acquire(blocking=False):
+            words = f"another process runs the schedule; this one waits and takes over within {life_s} s of its end"
+            _log.info(words)
+            if on_wait is not None:
+                on_wait(words)
+            await _wait_for(lock, life_s / _RENEWALS)
+        try:
+            await _hold(lock, cleaner, life_s / _RENEWALS)
+        except LockError:  # the server forgot it, or stood still for longer than its life
+            _log.warning("the lock of the schedule was lost; this process asks for it again")
+        finally:
+            with suppress(LockError, RedisError):
+                await asyncio.shield(lock.release())
+
+
+async def _wait_for(lock: Lock, every_s: float) -> None:
+    while not await lock.acquire(blocking=False):
+        await asyncio.sleep(every_s)
+
+
+async def _hold(lock: Lock, cleaner: Cleaner, every_s: float) -> None:
+    """Run the jobs as long as the lock can be renewed."""
+    one_at_a_time = asyncio.Lock()
+    scheduler = AsyncIOScheduler(timezone="UTC")
+
+    def guarded(job: Callable[[], Awaitable[list[Action]]]) -> Callable[[], Awaitable[None]]:
+        async def work() -> None:
+            async with one_at_a_time:
+                try:
+                    await job()
+                except RedisError as error:  # the server is away, or refuses: the next run does it
+                    _log.warning("%s: %s", job.__name__, error)
+
+        return work
+
+    for job in JOBS:
+        scheduler.add_job(
+            guarded(getattr(cleaner, job)), "interval", seconds=_every_ms(cleaner, job) / 1000, coalesce=True, id=job
+        )
+    scheduler.start()
+    try:
+        while True:
+            await lock.reacquire()
+            await asyncio.sleep(every_s)
+    finally:
+        scheduler.shutdown(wait=False)
