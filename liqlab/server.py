@@ -30,6 +30,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError
 from redis.utils import str_if_bytes
 
+from liqlab import config
 from liqlab.clock import elapsed_s
 from liqlab.settings import ENV_PREFIX, Settings, load, parse_bytes
 
@@ -107,7 +108,7 @@ class Server(AbstractContextManager["Server"]):
         self.folder = folder
         self.socket = folder / _SOCKET
         self.url = f"unix://{quote(str(self.socket))}"
-        lines = [f"{name} {value}\n" if value else f'{name} ""\n' for name, value in configuration.items()]
+        lines = [config.line(name, value) for name, value in configuration.items()]
         (folder / "redis.conf").write_text("".join(lines))
         # None of our secrets, and a locale that exists: Redis refuses to start with one that does not.
         environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
@@ -204,20 +205,8 @@ def binaries() -> dict[str, Path]:
 
 def directives(settings: Settings) -> dict[str, str]:
     """Return the configuration file of a private server, name to value; every name is one that Redis 7.0 knows."""
-    return (
-        {"port": "0", "unixsocket": _SOCKET, "unixsocketperm": "700", "daemonize": "no", "enable-debug-command": "no"}
-        | {"maxmemory": str(settings.server.maxmemory), "maxmemory-policy": settings.server.maxmemory_policy}
-        | {"maxmemory-samples": "10", "save": "", "appendonly": "no"}
-        | {"tcp-backlog": "511", "tcp-keepalive": "300", "timeout": "0", "databases": "2", "maxclients": "100"}
-        | {"hash-max-listpack-entries": "512", "hash-max-listpack-value": "64", "list-max-listpack-size": "-2"}
-        | {"zset-max-listpack-entries": "128", "zset-max-listpack-value": "64", "set-max-intset-entries": "512"}
-        | {"stream-node-max-bytes": str(settings.server.stream_node_max_bytes)}
-        | {"stream-node-max-entries": str(settings.server.stream_node_max_entries)}
-        | {"lazyfree-lazy-eviction": "yes", "lazyfree-lazy-expire": "yes", "lazyfree-lazy-server-del": "yes"}
-        | {"replica-lazy-flush": "yes", "activerehashing": "yes", "hz": "100"}
-        # A latency histogram takes 24 KB for every command that was ever called: 0.5 MB that nobody here reads.
-        | {"latency-tracking": "no"}
-    )
+    common = {item.name: item.value for item in config.directives(settings) if item.where != "runtime only"}
+    return {"port": "0", "unixsocket": _SOCKET, "unixsocketperm": "700"} | common
 
 
 def serve(
