@@ -9,16 +9,31 @@ import threading
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from liqlab import __version__, settings
+from liqlab import __version__
+from liqlab.cli import operate
+from liqlab.cli.options import (
+    OVER_BUDGET,
+    Exchange,
+    FailOn,
+    FeedOption,
+    Feeds,
+    Format,
+    Json,
+    Map,
+    Set,
+    Symbol,
+    Unit,
+    Url,
+    Zone,
+    chosen_settings,
+)
 from liqlab.cli.terminal import budget_table, log, plain_table, print_json, progress, screen
 from liqlab.settings import Settings, SettingsError
-
-OVER_BUDGET: Final = 3
 
 app = typer.Typer(
     help="How much liquidation history a small Redis keeps, and what each choice costs.",
@@ -28,19 +43,8 @@ app = typer.Typer(
 )
 feeds_app = typer.Typer(help="Recorded feeds: what is in them.", no_args_is_help=True)
 app.add_typer(feeds_app, name="feeds")
-
-Feeds = Annotated[list[str] | None, typer.Argument(metavar="FEED...", help="Files, folders or globs.")]
-FeedOption = Annotated[list[str] | None, typer.Option("--feed", help="The same as the arguments.")]
-Format = Annotated[str, typer.Option("--format", help="Found from the content by default.")]
-Symbol = Annotated[str | None, typer.Option(help="The symbol of a feed that does not name it.")]
-Exchange = Annotated[str | None, typer.Option(help="The exchange of a feed that does not name it.")]
-Map = Annotated[str | None, typer.Option("--map", help="Columns of any other table: ts_ms=timestamp,size=quantity")]
-Unit = Annotated[str | None, typer.Option(help="What its size counts: base, contracts or usd.")]
-Zone = Annotated[str | None, typer.Option("--tz", help="The zone of times without one; UTC by default.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting: writer.layout=shared")]
-Json = Annotated[bool, typer.Option("--json", help="For machines.")]
-Url = Annotated[str | None, typer.Option("--redis", help="A server's URL; LIQLAB_REDIS_URL keeps it out of `ps`.")]
-FailOn = Annotated[str | None, typer.Option("--fail-on", help=f"over-budget: exit with {OVER_BUDGET} when one is.")]
+for _command in (operate.cleanup, operate.restore, operate.monitor, operate.config, operate.migrate):
+    app.command()(_command)
 
 
 def main() -> None:
@@ -60,13 +64,17 @@ def _expected() -> tuple[type[Exception], ...]:
     # Imported when something has gone wrong: `liqlab --help` does not wait for pandas.
     from redis.exceptions import RedisError
 
+    from liqlab.cleanup.backup import BackupError
     from liqlab.events import EventError
     from liqlab.feeds import FeedError
+    from liqlab.migrate import MigrateError
+    from liqlab.monitor import MonitorError
     from liqlab.report import ReportError
     from liqlab.server import ServerError
     from liqlab.writer import WriterError
 
-    return EventError, FeedError, OSError, RedisError, ReportError, ServerError, SettingsError, WriterError
+    ours = (BackupError, EventError, FeedError, MigrateError, MonitorError, ReportError, ServerError, WriterError)
+    return *ours, OSError, RedisError, SettingsError
 
 
 def _version(value: bool) -> None:
@@ -97,7 +105,7 @@ def report(
     """
     from liqlab import report as module
 
-    chosen = _settings(options)
+    chosen = chosen_settings(options)
     with progress("report") as step:
         made = module.run(_paths(feeds, feed), out, settings=chosen, progress=step)
     if as_json:
@@ -131,7 +139,7 @@ def serve(options: Set = None, seconds: Annotated[float | None, typer.Option(hel
     from liqlab.server import serve as start
 
     # Ctrl-C is the ordinary end, as soon as the URL can be read.
-    with suppress(KeyboardInterrupt), start(settings=_settings(options)) as running:
+    with suppress(KeyboardInterrupt), start(settings=chosen_settings(options)) as running:
         screen.print(running.url, soft_wrap=True)
         log.print("Ctrl-C stops it and removes everything.")
         threading.Event().wait(seconds)
@@ -160,7 +168,7 @@ def ingest(
     from liqlab import server
     from liqlab.replay import ingest as play
 
-    chosen = _settings(options)
+    chosen = chosen_settings(options)
     read = _read(_paths(feeds, feed), chosen, form, symbol, exchange, columns, unit, tz)
 
     async def run(url: str) -> tuple[Any, Any]:
@@ -203,7 +211,7 @@ def codecs(
     from liqlab.codecs.compare import compare
     from liqlab.feeds import FeedError
 
-    read = _read(_paths(feeds, feed), _settings(options), form, symbol, exchange, columns, unit, tz)
+    read = _read(_paths(feeds, feed), chosen_settings(options), form, symbol, exchange, columns, unit, tz)
     if read.events.empty:
         raise FeedError("the feed holds no event; `liqlab feeds inspect` says why")
     found = compare(read.events)
@@ -234,7 +242,7 @@ def budget(
     from liqlab import budget as module
     from liqlab import server
 
-    chosen = _settings(options)
+    chosen = chosen_settings(options)
 
     async def run(url: str | None) -> Any:
         async with server.connect(url, settings=chosen) as client:
@@ -269,7 +277,7 @@ def synth(
         raise FeedError(f"--format {form!r}: a feed can be written as {', '.join(EXCHANGES)}")
     events = draw(profile, hours=hours, seed=seed, rate_per_min=rate_per_min, symbols=symbols, exchange=EXCHANGES[form])
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_wire(events, out, form, settings=_settings(options))
+    write_wire(events, out, form, settings=chosen_settings(options))
     screen.print(f"{len(events):,} synthetic events ({profile}, seed {seed}): {out}", soft_wrap=True)
 
 
@@ -311,23 +319,8 @@ def inspect(
 
     Example: liqlab feeds inspect recording.csv --map ts_ms=timestamp,size=quantity --unit base
     """
-    read = _read(_paths(feeds, feed), _settings(options), form, symbol, exchange, columns, unit, tz)
+    read = _read(_paths(feeds, feed), chosen_settings(options), form, symbol, exchange, columns, unit, tz)
     print_json(read.report.as_dict()) if as_json else screen.print(plain_table(read.report.table()))
-
-
-def _settings(options: list[str] | None) -> Settings:
-    """Turn ``writer.layout=shared`` into the keywords of `settings.load`."""
-    tree: dict[str, Any] = {}
-    for option in options or []:
-        name, separator, value = option.partition("=")
-        if not separator:
-            raise SettingsError(f"--set {option!r}: write it as NAME=VALUE, e.g. --set writer.layout=shared")
-        *sections, leaf = name.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[leaf] = value
-    return settings.load(**tree)
 
 
 def _paths(feeds: list[str] | None, more: list[str] | None) -> list[str]:
