@@ -6,9 +6,12 @@ The names that a notebook uses; each is imported when it is first asked for, so 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # who uses liqlab decides what is shown
 
 if TYPE_CHECKING:
     from liqlab import budget, plots, schema

@@ -26,9 +26,9 @@ from liqlab.codecs.names import HEAD
 from liqlab.events import Columns, empty
 from liqlab.settings import Settings, load
 
-_ROUND: Final = 20_000  # entries read in one round trip, about 2 MB
-_LEAST: Final = 100
-_READ: Final = 50_000  # of one stream, for sealing
+# Entries read in one round trip: what waits to be sent counts as the server's memory, for eviction too.
+_ROUND: Final = 10_000
+_LEAST: Final = 100  # of one stream
 _BLOCKS: Final = 16  # a page of them
 _STREAMS: Final = 100  # read in one round trip
 _LATE: Final = b"t"
@@ -170,7 +170,6 @@ async def _backwards(
     found: dict[str, list[Entry]] = {key: [] for key, _ in keys}
     ends = dict.fromkeys(found, "+")
     while ends:
-        # All replies of a round wait in the server's memory, which `maxmemory-clients` bounds.
         count = max(_ROUND // len(ends), _LEAST)
         pipe = redis.pipeline(transaction=False)
         for key, end in ends.items():
@@ -263,7 +262,8 @@ async def seal(redis: Redis, *, now_ms: int, settings: Settings | None = None, p
     for shard in schema.shards_of(settings):
         tries = 0
         while tries < _TRIES:
-            done, more = await _seal_shard(redis, shard, limit_ms, settings, partial)
+            enough = settings.writer.block_bytes // 2 << tries  # entries: more of them than the last block had room for
+            done, more = await _seal_shard(redis, shard, limit_ms, settings, partial, enough)
             total = Sealed(total.events + done.events, total.blocks + done.blocks, total.payload + done.payload)
             if not more:
                 break
@@ -271,8 +271,39 @@ async def seal(redis: Redis, *, now_ms: int, settings: Settings | None = None, p
     return total
 
 
+async def _front(
+    redis: Redis, keys: list[str], limit_ms: int, enough: int
+) -> tuple[list[list[Entry]], list[list[int]], int]:
+    """Read streams from their fronts until there are enough entries before the time up to which all have been read.
+
+    Returns
+    -------
+    entries, times, end_ms : list of list of Entry, list of list of int, int
+        Of each stream; `end_ms` is `limit_ms` where everything before it was read.
+    """
+    found: dict[str, list[Entry]] = {key: [] for key in keys}
+    times: dict[str, list[int]] = {key: [] for key in keys}
+    starts = dict.fromkeys(keys, "-")  # of the streams that have more
+    while True:
+        count = max(_ROUND // len(starts), _LEAST)
+        pipe = redis.pipeline(transaction=False)
+        for key, start in starts.items():
+            pipe.execute_command("XRANGE", key, start, f"({limit_ms}-0", "COUNT", count)
+        for key, page in zip(list(starts), await pipe.execute(), strict=True):
+            entries = [_entry(item) for item in page]
+            found[key] += entries
+            times[key] += [int(number.partition(b"-")[0]) for number, _ in entries]
+            if len(entries) < count:
+                del starts[key]
+            else:
+                starts[key] = "(" + entries[-1][0].decode()
+        end_ms = min([limit_ms, *(times[key][-1] for key in starts)])
+        if not starts or sum(bisect_left(ms, end_ms) for ms in times.values()) >= enough:
+            return list(found.values()), list(times.values()), end_ms
+
+
 async def _seal_shard(
-    redis: Redis, shard: int | None, limit_ms: int, settings: Settings, partial: bool
+    redis: Redis, shard: int | None, limit_ms: int, settings: Settings, partial: bool, enough: int
 ) -> tuple[Sealed, bool]:
     """Seal what is older than `limit_ms`, as far as one reading of the streams goes; return whether to read again."""
     epoch, sealed, names = await _names(redis, shard)
@@ -280,13 +311,7 @@ async def _seal_shard(
         return Sealed(), False
     known = names.stored + HEAD
     streams = await _streams(redis, shard, names, None)
-    pipe = redis.pipeline(transaction=False)
-    for key, _ in streams:
-        pipe.execute_command("XRANGE", key, "-", f"({limit_ms}-0", "COUNT", _READ)
-    found = [[_entry(item) for item in page] for page in await pipe.execute()]
-    times = [[int(number.partition(b"-")[0]) for number, _ in entries] for entries in found]
-    # Where a stream has more than was read, nothing behind what was read can be sealed.
-    end_ms = min([limit_ms, *(ms[-1] for ms in times if len(ms) == _READ)])
+    found, times, end_ms = await _front(redis, [key for key, _ in streams], limit_ms, enough)
     decoded = [
         part for (key, own), entries in zip(streams, found, strict=True) for part in _decoded(entries, names, key, own)
     ]

@@ -208,7 +208,7 @@ async def _scan(redis: Redis, limit: int, max_seconds: float) -> tuple[dict[str,
     while True:
         reply = await redis.execute_command("SCAN", cursor, "COUNT", 1_000)  # type: ignore[no-untyped-call]
         cursor, keys = reply
-        _checkpoint()
+        checkpoint()
         for key in keys:
             family = schema.family_of(key.decode(errors="replace"))
             tallies[family.name if family else FOREIGN].add(key)
@@ -242,7 +242,7 @@ async def _sizes(redis: Redis, keys: Iterable[bytes], fix: _Corrections) -> Asyn
             else:
                 pipe.exists(key)
         second = await pipe.execute(raise_on_error=False)
-        _checkpoint()
+        checkpoint()
         for i, (key, kind, detail) in enumerate(zip(part, kinds, second, strict=True)):
             _, pttl, encoding, usage = first[4 * i : 4 * i + 4]
             if any(map(_gone, (encoding, usage, detail))):
@@ -262,8 +262,8 @@ def _usage(key: bytes) -> tuple[str | bytes | int, ...]:
     return "MEMORY", "USAGE", key, "SAMPLES", _SAMPLES
 
 
-def _checkpoint() -> None:
-    # Python 3.11's wait_for, which redis-py calls, swallows a cancellation that comes as its reply does.
+def checkpoint() -> None:
+    """Be cancelled here, if cancelled at all: Python 3.11's wait_for, which redis-py calls, may swallow it."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -198,3 +199,18 @@ async def test_every_sealed_key_is_in_the_schema(default_redis: Redis) -> None:
     found = {schema.family_of(key.decode()) for key in await default_redis.keys("liqb*")}
     assert found == {schema.BY_NAME["blocks"]}
     assert all([await default_redis.ttl(key) > 0 for key in await default_redis.keys("liqb*")])
+
+
+async def test_hundreds_of_streams_are_read_within_what_clients_may_take(fresh_server: Callable[..., Server]) -> None:
+    events = sample(60_000, symbols=300)
+    events["ts_ms"] = T0 + np.arange(len(events)) * 20  # busy and quiet symbols over 20 minutes
+    own = settings.load(server={"maxmemory": "24mb"}, writer={"layout": "per_symbol"}, retention={"hot_s": 60})
+    async with fresh_server(settings=own).connect() as redis:
+        assert int((await redis.config_get("maxmemory-clients"))["maxmemory-clients"].rstrip("%")) > 0
+        await Writer(redis, settings=own).write_table(events)
+        same(await history(redis), events)
+        done = await seal(redis, now_ms=int(events["ts_ms"].max()) + 60_001, settings=own, partial=True)
+        assert done.events == len(events)
+        assert done.payload / done.blocks > 0.7 * own.writer.block_bytes  # full ones, though each stream is short
+        same(await history(redis), events)
+        assert (await redis.info("stats"))["evicted_keys"] == 0

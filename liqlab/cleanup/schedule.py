@@ -18,6 +18,7 @@ from redis.asyncio.lock import Lock
 from redis.exceptions import LockError, RedisError
 
 from liqlab import schema
+from liqlab.budget import checkpoint
 from liqlab.cleanup import Action, Cleaner
 
 JOBS: Final = ("trim", "check", "compact", "daily")  # methods of Cleaner; `cleanup.NAME_s` is how often each runs
@@ -77,6 +78,7 @@ async def run(redis: Redis, cleaner: Cleaner, *, on_wait: Callable[[str], None] 
 
 async def _wait_for(lock: Lock, every_s: float) -> None:
     while not await lock.acquire(blocking=False):
+        checkpoint()
         await asyncio.sleep(every_s)
 
 
@@ -103,6 +105,7 @@ async def _hold(lock: Lock, cleaner: Cleaner, every_s: float) -> None:
     try:
         while True:
             await lock.reacquire()
+            checkpoint()
             await asyncio.sleep(every_s)
     finally:
         scheduler.shutdown(wait=False)

@@ -240,6 +240,7 @@ def configuration(settings: Settings) -> Any:
     from IPython.display import Markdown
 
     private: Any = {"redis_url": True, "server": {"binary"}, "feeds": {"quarantine_dir"}}
+    private |= {"journal": {"path"}, "cleanup": {"folder"}, "monitor": {"webhook"}}
     tree = settings.model_dump(mode="json", exclude=private, exclude_defaults=True)
     tree["server"] = tree.get("server", {}) | {"maxmemory": _redis_unit(settings.server.maxmemory)}
     tree["writer"] = {"layout": settings.writer.layout, **tree.get("writer", {})}
