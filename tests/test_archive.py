@@ -204,7 +204,11 @@ async def test_every_sealed_key_is_in_the_schema(default_redis: Redis) -> None:
 async def test_hundreds_of_streams_are_read_within_what_clients_may_take(fresh_server: Callable[..., Server]) -> None:
     events = sample(60_000, symbols=300)
     events["ts_ms"] = T0 + np.arange(len(events)) * 20  # busy and quiet symbols over 20 minutes
-    own = settings.load(server={"maxmemory": "24mb"}, writer={"layout": "per_symbol"}, retention={"hot_s": 60})
+    own = settings.load(
+        server={"maxmemory": "24mb"},
+        writer={"layout": "per_symbol"},
+        retention={"hot_s": 60, "events_maxlen": 10**6},
+    )
     async with fresh_server(settings=own).connect() as redis:
         assert int((await redis.config_get("maxmemory-clients"))["maxmemory-clients"].rstrip("%")) > 0
         await Writer(redis, settings=own).write_table(events)
