@@ -40,7 +40,8 @@ async def end(redis: Redis, label: str, worst: float) -> None:
     oom = int((info.get("errorstat_OOM") or {}).get("count", 0))
     print(
         f"{label}: streams at most {100 * worst:.1f} % of their share, ends at {human(info['used_memory'])} of"
-        f" {human(info['maxmemory'])}; evicted keys {info['evicted_keys']:,}, OOM errors {oom:,}, critical keys {kept} of 2"
+        f" {human(info['maxmemory'])}; evicted keys {info['evicted_keys']:,}, OOM errors {oom:,},"
+        f" critical keys {kept} of 2"
     )
 
 
@@ -135,6 +136,9 @@ async def candle_bytes() -> None:
                     for width, name in candles.WIDTHS.items()
                 )
                 print(f"{form} candles of {len(events):,} events ({human(raw)}): {each}")
+                exact, guess = events["symbol"].nunique(), await redis.pfcount("unique_symbols:1h")
+                taken = found["bytes"]["unique_symbols"]
+                print(f"  unique symbols: {exact} exactly, {guess} by the HyperLogLog, in {human(taken)}")
     text = settings.load(writer={"layout": "per_symbol", "codec": "fields"}, retention={"events_maxlen": 10**6})
     with serve(settings=text) as server:
         async with server.connect() as redis:
