@@ -9,28 +9,26 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 from redis.asyncio import Redis
-from redis.exceptions import OutOfMemoryError
 
 from liqlab import clock, schema
 from liqlab.archive import count, seal
 from liqlab.candles import WIDTHS
-from liqlab.cleanup import Action, Cleaner
+from liqlab.cleanup import Cleaner
 from liqlab.cleanup.schedule import EventClock
 from liqlab.events import EventError, check
 from liqlab.feeds import Feed
 from liqlab.settings import Journal, Settings, load
-from liqlab.writer import Writer, WriterError
+from liqlab.writer import Writer
 
 _SAMPLES: Final = 240  # points of the timeline: as many as a picture shows
 _UNLINK: Final = 500
-_ENTRY: Final = 20 << 10  # bytes of an entry of a neighbour's cache
 _SEAL_MS: Final = 5 * clock.MINUTE_MS
 
 Progress = Callable[[int, int], None]
@@ -159,134 +157,6 @@ async def ingest(
         seconds=clock.elapsed_s() - began,
         timeline=pd.DataFrame(timeline),
     )
-
-
-@dataclass(frozen=True)
-class Drilled:
-    """What a drill did.
-
-    Attributes
-    ----------
-    timeline : pandas.DataFrame
-        Through the feed's time: ts_ms; used_ratio and neighbour_ratio, of maxmemory; tier; breaker, its state;
-        journaled, the events that wait. A step has two rows where there is a cleaner: before and after it.
-    actions : list of Action
-        Of the cleaner.
-    refused : int
-        Events that the server did not take and that no journal held.
-    oom : int
-        Commands that the server refused for want of memory, the neighbour's too.
-    evicted : int
-        Keys that the server itself evicted.
-    """
-
-    timeline: pd.DataFrame
-    actions: list[Action]
-    refused: int
-    oom: int
-    evicted: int
-
-
-async def drill(
-    events: pd.DataFrame,
-    redis: Redis,
-    neighbour: Sequence[int],
-    *,
-    settings: Settings | None = None,
-    cleaner: Cleaner | None = None,
-) -> Drilled:
-    """Play a feed in event time beside a neighbour that fills the same server: ``cache:*``, without TTL.
-
-    Parameters
-    ----------
-    events : pandas.DataFrame
-        An event table.
-    redis : redis.asyncio.Redis
-        A server of one's own: the neighbour fills it.
-    neighbour : sequence of int
-        Bytes that the neighbour wants, a step each; the feed is cut into as many steps of equal time.
-    settings : Settings, optional
-        With `journal.path` the writer has a breaker, which looks once a step; without, a batch that the server refuses
-        is lost.
-    cleaner : Cleaner, optional
-        Runs its schedule on the feed's clock.
-
-    Returns
-    -------
-    Drilled
-
-    Raises
-    ------
-    EventError
-        There is no event.
-    WriterError
-        The journal is full, or what it holds cannot be brought into the server at the end.
-    """
-    settings = settings or load()
-    if check(events).empty:
-        raise EventError("a drill needs events; liqlab.synth('cascade') draws some")
-    times = events["ts_ms"].to_numpy()
-    ends = np.linspace(times[0], times[-1] + 1, len(neighbour) + 1)[1:].astype(np.int64)
-    limit, evicted, oom = int((await redis.info("memory"))["maxmemory"]), await _evicted(redis), await _refusals(redis)
-    writer, schedule = Writer(redis, settings=settings), EventClock(cleaner) if cleaner else None
-    timeline: list[dict[str, Any]] = []
-    start = held = refused = 0
-
-    async def look(now_ms: int) -> None:
-        used = int((await redis.info("memory"))["used_memory"])
-        timeline.append(
-            {
-                "ts_ms": now_ms,
-                "used_ratio": used / limit,
-                "neighbour_ratio": held * _ENTRY / limit,
-                "tier": cleaner.tier.name.lower() if cleaner else "",
-                "breaker": str(writer.breaker.state) if writer.breaker else "",
-                "journaled": writer.journaled,
-            }
-        )
-
-    for now_ms, stop, wanted in zip(ends.tolist(), times.searchsorted(ends).tolist(), neighbour, strict=True):
-        held = await _grow(redis, held, int(wanted) // _ENTRY)
-        written = writer.counts.written
-        try:
-            await writer.write_table(events.iloc[start:stop])
-        except WriterError:
-            if writer.journal:
-                raise
-            refused += stop - start - (writer.counts.written - written)
-            writer = Writer(redis, settings=settings)  # the old one would send its batch again
-        start = stop
-        await look(now_ms)
-        if schedule:
-            await schedule.run(now_ms)
-            await look(now_ms)
-        if writer.breaker:
-            await writer.breaker.check(redis)
-    await writer.drain()
-    writer.close()
-    return Drilled(
-        timeline=pd.DataFrame(timeline),
-        actions=list(cleaner.actions) if cleaner else [],
-        refused=refused,
-        oom=await _refusals(redis) - oom,
-        evicted=await _evicted(redis) - evicted,
-    )
-
-
-async def _grow(redis: Redis, held: int, wanted: int) -> int:
-    """Let the neighbour hold so many entries, or as many as the server lets it have; return how many it has."""
-    if wanted < held:
-        await redis.unlink(*(f"cache:{n}" for n in range(wanted, held)))
-    for n in range(held, wanted):
-        try:
-            await redis.set(f"cache:{n}", bytes(_ENTRY - 100))  # an entry of the server's table is about 100 bytes
-        except OutOfMemoryError:
-            return n
-    return wanted
-
-
-async def _refusals(redis: Redis) -> int:
-    return int((await redis.info("errorstats")).get("errorstat_OOM", {}).get("count", 0))
 
 
 class _Expiry:

@@ -7,6 +7,8 @@ import pytest
 
 from liqlab import budget, plots
 from liqlab.budget import UNATTRIBUTED, Budget
+from liqlab.cleanup import Action
+from liqlab.cleanup.drill import Drilled
 from liqlab.clock import DAY_MS, HOUR_MS, MINUTE_MS
 from liqlab.codecs.compare import compare
 from liqlab.events import empty, event_table
@@ -293,6 +295,54 @@ def test_a_breaker_s_states_are_shaded_as_long_as_they_last():
     assert "closed for 2.5 s, half-open for 0.5 s, open for 2.0 s" in words(figure)
 
 
+def drilled() -> Drilled:
+    """Ten minutes: calm, trim, emergency, calm again."""
+    tiers = ["normal"] * 3 + ["trim"] * 2 + ["emergency"] * 2 + ["normal"] * 3
+    states = ["closed"] * 5 + ["open"] * 2 + ["closed"] * 3
+    seen = pd.DataFrame({"ts_ms": T0 + MINUTE_MS * np.arange(10), "tier": tiers, "breaker": states})
+    seen = seen.assign(used_ratio=np.linspace(0.5, 0.95, 10), neighbour_ratio=0.4, journaled=[0] * 6 + [1234] + [0] * 3)
+    at_ms = T0 + 5 * MINUTE_MS
+    done = [("trim", "events", 3_000_000), ("drop", "candle", 500_000), ("seal", "events", 250_000)]
+    done += [("drop", "candle_5m", 500_000), ("tier", "all", 0), ("purge", "all", 9), ("seal", "events", -77)]
+    actions = [
+        Action(at_ms, "emergency", what, name, 0, 0, max(size, 0), max(-size, 0), "") for what, name, size in done
+    ]
+    return Drilled(seen, actions, 0, 0, 0)
+
+
+def test_a_drill_shows_memory_tiers_what_was_freed_and_the_journal():
+    figure = plots.pressure_timeline(drilled())
+    assert list(trace(figure, "used").y) == pytest.approx(100 * np.linspace(0.5, 0.95, 10))
+    assert set(trace(figure, "neighbour").y) == {40}
+    assert max(trace(figure, "in the journal").y) == 1234
+    assert (trace(figure, "streams").y[0], trace(figure, "statistics").y[0]) == (3.25, 1.0)
+    assert trace(figure, "streams").customdata[0] == "trim events, seal events"
+    assert trace(figure, "streams").marker.color == plots.SHARE_COLORS["streams"]
+    bands = {
+        (shape.yref, shape.fillcolor): (pd.Timestamp(shape.x0).minute, pd.Timestamp(shape.x1).minute)
+        for shape in figure.layout.shapes
+        if shape.type == "rect"
+    }
+    assert bands == {
+        ("y domain", plots.TIER_COLORS["trim"]): (3, 5),
+        ("y domain", plots.TIER_COLORS["emergency"]): (5, 7),
+        ("y3 domain", plots.STATE_COLORS["open"]): (5, 7),
+    }
+    assert [shape.y0 for shape in figure.layout.shapes if shape.type == "line"] == [75, 85, 90, 95]
+    assert "Memory peaks at 95.0 %; cleanup frees 4.05 MiB" in words(figure)
+    assert "Tiers: trim, emergency. Up to 1,234 events wait in the journal." in words(figure)
+    begin, end = figure.layout.xaxis.range
+    assert T0 / 1e3 < begin.timestamp() < T0 / 1e3 + 180
+    assert T0 / 1e3 + 360 < end.timestamp() < T0 / 1e3 + 480
+
+
+def test_a_drill_without_cleanup_is_drawn_too():
+    calm = drilled().timeline.assign(tier="", breaker="")
+    figure = plots.pressure_timeline(Drilled(calm, [], 5, 5, 0), thresholds=Thresholds(trim=0.5))
+    assert "cleanup frees 0 B" in words(figure)
+    assert [shape.y0 for shape in figure.layout.shapes] == [50, 85, 90, 95]
+
+
 @pytest.mark.parametrize("draw", [plots.events_per_minute, plots.notional_per_minute, plots.top_symbols])
 def test_a_feed_without_events_is_said_to_be_one(draw):
     assert "No events" in words(draw(empty()))
@@ -311,6 +361,7 @@ def test_figures_of_a_day_are_small_and_their_titles_fit_a_phone(measured):
     figures = [plots.events_per_minute(day), plots.notional_per_minute(day), plots.top_symbols(day)]
     figures += [plots.budget_bars(measured), plots.key_treemap(measured)]
     figures.append(plots.memory_over_time(played([1_000_000] * 240), measured))
+    figures.append(plots.pressure_timeline(drilled()))
     assert len(day) == 144_000
     for figure in figures:
         assert len(json.dumps(json.loads(figure.to_json()))) < 60_000

@@ -283,7 +283,7 @@ class Cleaner:
         lines, shards = self.settings.thresholds, schema.shards_of(self.settings)
         excess = (await self._memory())[0] - (lines.emergency - lines.exit_margin) * limit
         held = [(await families.streams(self._redis, shard)).bytes for shard in shards]
-        if not entered and sum(held) < excess:  # somebody else's keys press: all of the history would not make up
+        if not entered and sum(held) / 2 < excess:  # somebody else's keys press: no history would make up for them
             return
         for shard, size in zip(shards, held, strict=True):
             cut = families.to_bytes(self._redis, shard, size / 2, self.settings, dry_run=self.dry_run)

@@ -1,0 +1,30 @@
+"""Tables in, plotly figures out: one look, colours for colour-blind eyes, titles that say what one sees.
+
+Everything is aggregated before it is drawn: a figure of a day of events is some ten kilobytes.
+"""
+
+from liqlab.plots.budget import budget_bars, key_treemap, memory_over_time
+from liqlab.plots.feeds import MAX_BARS, events_per_minute, notional_per_minute, top_symbols
+from liqlab.plots.pressure import pressure_timeline
+from liqlab.plots.style import PLACE_COLORS, SHARE_COLORS, SIDE_COLORS, SIDE_NAMES, STATE_COLORS, TEMPLATE, TIER_COLORS
+from liqlab.plots.writer import breaker_timeline, codec_costs
+
+__all__ = [
+    "MAX_BARS",
+    "PLACE_COLORS",
+    "SHARE_COLORS",
+    "SIDE_COLORS",
+    "SIDE_NAMES",
+    "STATE_COLORS",
+    "TEMPLATE",
+    "TIER_COLORS",
+    "breaker_timeline",
+    "budget_bars",
+    "codec_costs",
+    "events_per_minute",
+    "key_treemap",
+    "memory_over_time",
+    "notional_per_minute",
+    "pressure_timeline",
+    "top_symbols",
+]
