@@ -7,6 +7,7 @@ well, so that eviction order stays the server's own.
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 from bisect import bisect_left
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from liqlab.settings import Journal, Settings, load
 from liqlab.writer import Writer
 
 _SAMPLES: Final = 240  # points of the timeline: as many as a picture shows
+_MOMENTS: Final = 100  # at which a feed that is played at speed is written
 _UNLINK: Final = 500
 _SEAL_MS: Final = 5 * clock.MINUTE_MS
 
@@ -157,6 +159,33 @@ async def ingest(
         seconds=clock.elapsed_s() - began,
         timeline=pd.DataFrame(timeline),
     )
+
+
+async def at_speed(events: pd.DataFrame, writer: Writer, seconds: float) -> None:
+    """Write events at their own rhythm, sped up to take so many seconds; what a journal holds is brought in at the end.
+
+    Parameters
+    ----------
+    events : pandas.DataFrame
+        An event table.
+    writer : Writer
+        Not yet entered.
+    seconds : float
+        Of the wall's clock; longer where the server does not keep up.
+
+    Raises
+    ------
+    WriterError
+        As `Writer.write_table`.
+    """
+    times = events["ts_ms"].to_numpy()
+    moments = np.linspace(times[0], times[-1], _MOMENTS)
+    began = clock.elapsed_s()
+    async with writer:
+        async for _, stop in writer.write_slices(events, times.searchsorted(moments, side="right").tolist()):
+            part = (times[stop - 1] - times[0]) / max(times[-1] - times[0], 1)
+            await asyncio.sleep(max(began + part * seconds - clock.elapsed_s(), 0))
+        await writer.drain()
 
 
 class _Expiry:

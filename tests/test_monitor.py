@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError
 
-from liqlab import archive, clock, monitor, settings
+from liqlab import archive, clock, monitor, plots, settings
 from liqlab.cleanup import Cleaner
 from liqlab.cleanup.pressure import Action
 from liqlab.monitor import Alarms, Alert, Exporter, Level, measure, memory_limit, serve_metrics, tell, watch
@@ -692,3 +692,17 @@ def test_the_notebook_can_be_stopped_and_keeps_its_picture() -> None:
             assert client.get_shell_msg(timeout=30)["content"]["status"] == "ok", (cell.source, errors)
     assert errors == []
     assert pictures >= 3
+
+
+async def test_looks_are_drawn_with_what_is_wrong_above(default_redis: Redis) -> None:
+    chosen = settings.load(monitor={"warning": 0.000001, "critical": 0.000002})
+    alarms, seen = monitor.Alarms(chosen), []
+    for _ in range(3):
+        seen.append(await monitor.measure(default_redis, settings=chosen))
+        alarms.check(seen[-1])
+    figure = plots.health_timeline(seen, alarms, chosen)
+    assert "CRITICAL memory" in figure.layout.title.text
+    assert [trace.name for trace in figure.data] == ["used memory", "commands", "hot in Redis"]  # there is no journal
+    assert figure.data[0].y[-1] == pytest.approx(100 * seen[-1].used_ratio)
+    assert figure.data[0].x[-1] == 0
+    assert "OK" in plots.health_timeline(seen, monitor.Alarms(settings.load()), settings.load()).layout.title.text

@@ -6,7 +6,8 @@ from redis.asyncio import Redis
 
 from liqlab import clock, schema, settings
 from liqlab.events import EventError, empty, event_table
-from liqlab.replay import ingest
+from liqlab.replay import at_speed, ingest
+from liqlab.writer import Writer
 from tests.test_writer import T0, plain, sample, stored
 
 HOUR = clock.HOUR_MS
@@ -103,3 +104,13 @@ async def test_the_timeline_is_the_feeds(default_redis: Redis) -> None:
 async def test_an_empty_feed_says_so(default_redis: Redis) -> None:
     with pytest.raises(EventError, match="holds no event"):
         await ingest(empty(), default_redis)
+
+
+async def test_a_feed_is_played_at_speed_through_a_live_writer(default_redis: Redis) -> None:
+    events = sample(3_000)
+    began = clock.elapsed_s()
+    writer = Writer(default_redis, settings=settings.load())
+    await at_speed(events, writer, 0.5)
+    assert clock.elapsed_s() - began >= 0.5
+    assert writer.counts.written == len(events)
+    pd.testing.assert_frame_equal(await stored(default_redis), plain(events), check_dtype=False)

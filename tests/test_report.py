@@ -19,7 +19,10 @@ from liqlab.report import execute
 from liqlab.report.cells import _length
 from liqlab.settings import load
 
-NOTEBOOKS = ("00-start", "01-ingest", "02-memory-budget", "03-codecs", "04-writer", "report")
+NOTEBOOKS = (
+    *("00-start", "01-ingest", "02-memory-budget", "03-codecs", "04-writer"),
+    *("05-pressure", "08-monitor", "report"),
+)
 SECRET = "hunter2"
 SQUEEZED = {
     "streams": 0.0002, "vwap": 0.2, "percentile": 0.2, "statistics": 0.2, "misc": 0.2, "buffer": 0.1998,

@@ -5,6 +5,7 @@ Everything is aggregated before it is drawn: a figure of a day of events is some
 
 from liqlab.plots.budget import budget_bars, key_treemap, memory_over_time
 from liqlab.plots.feeds import MAX_BARS, events_per_minute, notional_per_minute, top_symbols
+from liqlab.plots.monitor import health_timeline
 from liqlab.plots.pressure import pressure_timeline
 from liqlab.plots.style import PLACE_COLORS, SHARE_COLORS, SIDE_COLORS, SIDE_NAMES, STATE_COLORS, TEMPLATE, TIER_COLORS
 from liqlab.plots.writer import breaker_timeline, codec_costs
@@ -22,6 +23,7 @@ __all__ = [
     "budget_bars",
     "codec_costs",
     "events_per_minute",
+    "health_timeline",
     "key_treemap",
     "memory_over_time",
     "notional_per_minute",
