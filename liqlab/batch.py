@@ -213,18 +213,19 @@ def _sketches(events: Columns, keys: _Keys, settings: Settings, shard: int | Non
     hours = events.ts_ms // (1000 * retention.percentile_bucket_s)
     bins = log_bins(events.notional)
     order = np.lexsort((bins, hours, events.symbol))
-    symbol, hours, bins = events.symbol[order], hours[order], bins[order]
+    symbol, hours, bins, values = events.symbol[order], hours[order], bins[order], events.notional[order]
     cells = _starts(symbol, hours, bins)
     words, lengths = quantiles.pack(bins[cells], np.diff(cells, append=len(order)))
     buckets = _starts(symbol[cells], hours[cells])
     stops = 2 * np.cumsum(lengths)[np.append(buckets[1:], len(cells)) - 1]
     starts = [0, *stops[:-1].tolist()]
     first = cells[buckets]
+    ends = quantiles.ends(np.minimum.reduceat(values, first), np.maximum.reduceat(values, first))
     return [
         -(-retention.percentile_window_s // retention.percentile_bucket_s),
         [keys(family.key(events.symbols[code], shard=shard)) for code in symbol[first].tolist()],
         hours[first].tolist(),
-        [words[start:stop] for start, stop in zip(starts, stops.tolist(), strict=True)],
+        [end + words[start:stop] for end, start, stop in zip(ends, starts, stops.tolist(), strict=True)],
     ]
 
 

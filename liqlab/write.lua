@@ -182,7 +182,8 @@ for width = 2, #candles, 3 do
   end
 end
 
-local EACH, FOLD = 8, 512 -- as in liqlab.quantiles; a field is folded each time that it grows past so many bytes
+-- As in liqlab.quantiles: counts of a word, bytes in front of the words. They are folded whenever they grow past FOLD.
+local EACH, ENDS, FOLD = 8, 16, 512
 
 local function fold(field)
   local bins, counts = {}, {}
@@ -215,9 +216,12 @@ ttl, kept, key, bucket, words = unpack(sketches)
 for i = 1, #key do
   local k, field = KEYS[key[i]], words[i]
   local old = call('HGET', k, bucket[i])
-  if old then
-    field = old .. field
-    if math.floor(#field / FOLD) > math.floor(#old / FOLD) then field = fold(field) end
+  if old and #old >= ENDS then
+    local least, most = struct.unpack('<dd', field)
+    local old_least, old_most = struct.unpack('<dd', old)
+    local counts = string.sub(old, ENDS + 1) .. string.sub(field, ENDS + 1)
+    if math.floor(#counts / FOLD) > math.floor((#old - ENDS) / FOLD) then counts = fold(counts) end
+    field = struct.pack('<dd', math.min(least, old_least), math.max(most, old_most)) .. counts
   end
   if call('HSET', k, bucket[i], field) == 1 then -- a new bucket may push out the oldest
     local all = call('HKEYS', k)

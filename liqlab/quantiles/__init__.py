@@ -1,24 +1,40 @@
-"""What a symbol's sketch holds: how many notionals of each hour fall into each of a row of log-spaced bins.
+"""Percentiles of notionals over a trailing window, of one symbol or of all.
 
-One hash a symbol, one field an hour: a quiet symbol pays for one key, not for 24. A field is a row of 16-bit words,
-each a bin and up to eight counts; words of the same bin add up, so a batch appends its own, and write.lua folds them
-together from time to time. The estimators that answer from them are issue #5's.
+The default keeps, in one hash a symbol and one field an hour (`sketch:SYMBOL`), how many notionals fall into each of a
+row of log-spaced bins. A quiet symbol pays for one key, not for 24. A field is the least and the largest notional, and
+then 16-bit words, each a bin and up to eight counts; words of the same bin add up. A batch of the writer appends its
+own, and write.lua folds them together from time to time.
+
+`liqlab.quantiles.methods` has the other ways, to be compared with.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from redis.asyncio import Redis
+
+from liqlab import schema
+from liqlab.settings import Settings, load
 
 ACCURACY: Final = 0.01  # relative, of the value that stands for a bin
 _LOG_GAMMA: Final = float(np.log((1 + ACCURACY) / (1 - ACCURACY)))
 _EACH: Final = 8  # counts of a word, in its low three bits; write.lua has the same
+_ENDS: Final = np.dtype([("least", "<f8"), ("most", "<f8")])
 _MIDDLE: Final = 1 << 12  # the bin of 1 USD among the 8,192 that the other bits name: 1e-35 to 1e35 USD
+_MANY: Final = 8  # values of a bin from which on they are taken as spread over it
+_PAGE: Final = 500
+_SCANNED: Final = 1_000
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
-def log_bins(values: NDArray[np.float64]) -> NDArray[np.int64]:
+def log_bins(values: Floats) -> Ints:
     """Return the bin of each value: i where gamma^(i-1) < value <= gamma^i, gamma = (1 + a) / (1 - a), a = `ACCURACY`.
 
     The rule of DDSketch (Masson, Rim and Lee 2019, section 2.1): 2 gamma^i / (gamma + 1) is then within a of any value
@@ -32,7 +48,7 @@ def log_bins(values: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.clip(np.ceil(np.log(values) / _LOG_GAMMA), -_MIDDLE, _MIDDLE - 1).astype(np.int64)
 
 
-def pack(bins: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[bytes, NDArray[np.int64]]:
+def pack(bins: Ints, counts: Ints) -> tuple[bytes, Ints]:
     """Return words of bins and counts, and how many words each bin has.
 
     Parameters
@@ -47,14 +63,180 @@ def pack(bins: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[bytes, NDA
     return ((np.repeat(bins + _MIDDLE, words) * _EACH) + each - 1).astype("<u2").tobytes(), words
 
 
-def unpack(field: bytes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the bins of one hour, ascending, and their counts.
+def ends(least: Floats, most: Floats) -> list[bytes]:
+    """Return what fields begin with: the least and the largest value of each."""
+    both = np.empty(len(least), _ENDS)
+    both["least"], both["most"] = least, most
+    text = both.tobytes()
+    return [text[at : at + _ENDS.itemsize] for at in range(0, len(text), _ENDS.itemsize)]
+
+
+def unpack(field: bytes) -> tuple[Ints, Ints]:
+    """Return the bins of one field, ascending, and their counts.
 
     Raises
     ------
     ValueError
-        It is no row of 16-bit words.
+        It is no field of a sketch.
     """
-    words = np.frombuffer(field, "<u2").astype(np.int64)
+    words = np.frombuffer(field, "<u2", offset=_ENDS.itemsize).astype(np.int64)
     bins, place = np.unique(words // _EACH - _MIDDLE, return_inverse=True)
     return bins, np.bincount(place, words % _EACH + 1, len(bins)).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How the notionals of a window are distributed.
+
+    Attributes
+    ----------
+    low, high : array of float64, shape (n,)
+        USD, ascending; a value that is known by itself has both the same.
+    weight : array of float64, shape (n,)
+        How many notionals lie above `low` and up to `high`.
+    least, most : float
+        Of all; NaN where there are none.
+    """
+
+    low: Floats
+    high: Floats
+    weight: Floats
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: ArrayLike, weights: ArrayLike | None = None) -> Distribution:
+        """Take single values, each with a weight."""
+        given = np.asarray(values, np.float64)
+        order = np.argsort(given, kind="stable")
+        found = given[order]
+        weight = np.ones(len(found)) if weights is None else np.asarray(weights, np.float64)[order]
+        least, most = (float(found[0]), float(found[-1])) if len(found) else (np.nan, np.nan)
+        return cls(found, found, weight, least, most)
+
+    @property
+    def count(self) -> float:
+        """How many notionals there are; a part of one where only a part of its hour is in the window."""
+        return float(self.weight.sum())
+
+    def quantiles(self, qs: ArrayLike) -> Floats:
+        """Return the values below or at which the parts `qs` of the notionals lie.
+
+        The smallest value whose cumulated weight reaches q, numpy's ``inverted_cdf``. Within a bin of many, values are
+        taken as spread evenly in their logarithm; a bin of few is the value within `ACCURACY` of all that it can hold.
+
+        Parameters
+        ----------
+        qs : array_like of float, shape (k,)
+            0 to 1.
+
+        Returns
+        -------
+        array of float64, shape (k,)
+            USD; NaN where there are no notionals.
+        """
+        wanted = np.asarray(qs, np.float64)
+        if not len(self.weight):
+            return np.full(wanted.shape, np.nan)
+        total = np.cumsum(self.weight)
+        target = wanted * total[-1]
+        # A target that is reached but for rounding is reached.
+        at = np.minimum(np.searchsorted(total, target * (1 - 1e-12), side="left"), len(total) - 1)
+        low, high, weight = self.low[at], self.high[at], self.weight[at]
+        part = np.clip((target - (total[at] - weight) - 0.5) / weight, 0, 1)
+        values = np.where(weight >= _MANY, low ** (1 - part) * high**part, 2 / (1 / low + 1 / high))
+        result: Floats = np.clip(np.where(low == high, low, values), self.least, self.most)
+        return result
+
+    def rank(self, values: ArrayLike) -> Floats:
+        """Return which part of the notionals is at most each value, 0 to 1; NaN where there are none."""
+        asked = np.asarray(values, np.float64)
+        if not len(self.weight):
+            return np.full(asked.shape, np.nan)
+        total = np.concatenate([[0.0], np.cumsum(self.weight)])
+        whole = np.searchsorted(self.high, asked, side="right")
+        result = total[whole]
+        inside = np.minimum(whole, len(self.high) - 1)
+        low, high = self.low[inside], self.high[inside]
+        between = (whole < len(self.high)) & (asked > low)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            part = np.log(asked / low) / np.log(high / low)
+        result = result + np.where(between, self.weight[inside] * np.nan_to_num(part), 0.0)
+        result = np.where(asked >= self.most, total[-1], np.where(asked < self.least, 0.0, result))
+        return np.asarray(result / total[-1], np.float64)
+
+
+async def distribution(
+    redis: Redis,
+    symbol: str | None = None,
+    *,
+    end_ms: int,
+    window_s: int | None = None,
+    settings: Settings | None = None,
+) -> Distribution:
+    """Return how the notionals of a trailing window are distributed, from the sketches that the writer keeps.
+
+    Parameters
+    ----------
+    redis : redis.asyncio.Redis
+        A client that returns bytes.
+    symbol : str, optional
+        The venue's own name; all symbols together when absent, which takes a scan.
+    end_ms : int
+        Where the window ends, ms since the epoch, UTC.
+    window_s : int, optional
+        Its length; `retention.percentile_window_s` when absent, which is also the most that is kept. Of the bucket that
+        it begins in, the part that it covers is counted.
+    settings : Settings, optional
+        `retention` and `shards`; `liqlab.settings.load()` when absent.
+    """
+    settings = settings or load()
+    family, bucket_ms = schema.BY_NAME["sketch"], 1000 * settings.retention.percentile_bucket_s
+    if symbol is None:
+        keys = [key async for key in redis.scan_iter(match="sketch:*", count=_SCANNED)]
+    else:
+        keys = [family.key(symbol, shard=schema.shard_of(symbol, settings.shards)).encode()]
+    parts = window_parts(end_ms, 1000 * (window_s or settings.retention.percentile_window_s), bucket_ms)
+    fields: list[tuple[bytes, float]] = []
+    for start in range(0, len(keys), _PAGE):
+        pipe = redis.pipeline(transaction=False)
+        for key in keys[start : start + _PAGE]:
+            pipe.hmget(key, list(parts))
+        for found in await pipe.execute():
+            fields += [(field, part) for field, part in zip(found, parts.values(), strict=True) if field]
+    return _merged(fields)
+
+
+def window_parts(end_ms: int, window_ms: int, bucket_ms: int) -> dict[int, float]:
+    """Return the buckets of a window, and which part of each it covers: the first one in part, the others whole."""
+    first_ms = end_ms - window_ms
+    first, last = first_ms // bucket_ms, end_ms // bucket_ms
+    return {at: min(1.0, ((at + 1) * bucket_ms - first_ms) / bucket_ms) for at in range(first, last + 1)}
+
+
+def _merged(fields: Iterable[tuple[bytes, float]]) -> Distribution:
+    """Add fields up, each with its weight; the order does not matter."""
+    words: list[NDArray[np.uint16]] = []
+    weights: list[float] = []
+    least, most = np.inf, -np.inf
+    for field, weight in fields:
+        if weight <= 0:
+            continue
+        words.append(np.frombuffer(field, "<u2", offset=_ENDS.itemsize))
+        weights.append(weight)
+        end = np.frombuffer(field, _ENDS, count=1)[0]
+        least, most = min(least, float(end["least"])), max(most, float(end["most"]))
+    if not words:
+        return Distribution.of([])
+    every = np.concatenate(words).astype(np.int64)
+    each = np.repeat(weights, list(map(len, words))) * (every % _EACH + 1)
+    bins, place = np.unique(every // _EACH - _MIDDLE, return_inverse=True)
+    low, high = np.exp((bins - 1) * _LOG_GAMMA), np.exp(bins * _LOG_GAMMA)
+    return Distribution(low, high, np.bincount(place, each, len(bins)).astype(np.float64), least, most)
+
+
+async def memory(redis: Redis, symbol: str, *, settings: Settings | None = None) -> int:
+    """Return the bytes of a symbol's sketch, by MEMORY USAGE."""
+    settings = settings or load()
+    key = schema.BY_NAME["sketch"].key(symbol, shard=schema.shard_of(symbol, settings.shards))
+    return int(await redis.memory_usage(key, samples=0) or 0)
