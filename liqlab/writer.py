@@ -16,7 +16,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
-from itertools import islice
+from itertools import islice, pairwise
 from types import TracebackType
 from typing import Final
 
@@ -224,11 +224,14 @@ class Writer:
                 await self._deliver()
                 sending: asyncio.Task[None] | None = None
                 try:
-                    for first in range(start, stop, size):
-                        batches = self._batches(columns.rows(slice(first, min(first + size, stop))))
+                    # The first of several is smaller: the server has work while the others are built.
+                    small = max(size // 4, 1) if stop - start > size else size
+                    for first, last in pairwise([start, *range(start + small, stop, size), stop]):
+                        batches = self._batches(columns.rows(slice(first, last)))
                         if sending is not None:
                             await sending
-                        self._offer(batches)
+                        self.counts.offered += sum(len(batch.events) for batch in batches)
+                        self._in_flight += batches
                         sending = asyncio.create_task(self._deliver())
                         await asyncio.sleep(_LEAVE_S * size)  # the batch leaves before the next one is built
                     if sending is not None:
@@ -252,10 +255,6 @@ class Writer:
             raise WriterError(f"{error}; {self.waiting} events wait") from None
         self._seq = batches[-1].seq
         return batches
-
-    def _offer(self, batches: list[Batch]) -> None:
-        self.counts.offered += sum(len(batch.events) for batch in batches)
-        self._in_flight += batches
 
     async def _run(self) -> None:
         writer = self.settings.writer

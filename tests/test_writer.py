@@ -323,7 +323,7 @@ async def test_a_full_server_loses_nothing(fresh_server: Callable[..., Server]) 
         writer={"bulk_events": 500},
         retention={"events_maxlen": 10**6},
     )
-    server, events = fresh_server(settings=chosen), sample(300_000)
+    server, events = fresh_server(settings=chosen), sample(220_000)
     async with server.connect() as client:
         writer = Writer(client, settings=chosen)
         with pytest.raises(WriterError, match="free memory or raise maxmemory"):
