@@ -445,6 +445,35 @@ async def test_one_process_runs_the_schedule_and_a_second_one_takes_over(default
     assert await default_redis.exists("liqc:lock") == 0
 
 
+async def test_a_restarted_schedule_knows_when_each_job_ran(default_redis: Redis, tmp_path: Path) -> None:
+    await critical_keys(default_redis)
+    chosen = settings.load(cleanup={"folder": tmp_path, "trim_s": 0.05})
+
+    async def until(condition: Callable[[], bool]) -> Cleaner:
+        cleaner = Cleaner(default_redis, settings=chosen)
+        running = asyncio.create_task(schedule.run(default_redis, cleaner))
+        while not condition():
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.3)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        return cleaner
+
+    # What never ran is due at once, the daily backup too.
+    first = await until(lambda: bool(list(tmp_path.glob("critical-*.parquet"))))
+    assert "backup" in {action.what for action in first.actions}
+    ran = await default_redis.hgetall("liqc")
+    assert {f"{job}_ms".encode() for job in schedule.JOBS} <= set(ran)
+    [path] = tmp_path.glob("critical-*.parquet")
+    path.unlink()
+    began = clock.now_ms()
+    second = await until(lambda: clock.now_ms() > began + 500)
+    assert "backup" not in {action.what for action in second.actions}
+    again = await default_redis.hgetall("liqc")
+    assert int(again[b"trim_ms"]) > int(ran[b"trim_ms"])
+    assert again[b"daily_ms"] == ran[b"daily_ms"]
+
+
 JOB = """
     import asyncio, sys
     from pathlib import Path

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Final
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
@@ -17,7 +18,7 @@ from redis.asyncio import Redis
 from redis.asyncio.lock import Lock
 from redis.exceptions import LockError, RedisError
 
-from liqlab import schema
+from liqlab import clock, schema
 from liqlab.budget import checkpoint
 from liqlab.cleanup import Action, Cleaner
 
@@ -68,7 +69,7 @@ async def run(redis: Redis, cleaner: Cleaner, *, on_wait: Callable[[str], None] 
                 on_wait(words)
             await _wait_for(lock, life_s / _RENEWALS)
         try:
-            await _hold(lock, cleaner, life_s / _RENEWALS)
+            await _hold(redis, lock, cleaner, life_s / _RENEWALS)
         except LockError:  # the server forgot it, or stood still for longer than its life
             _log.warning("the lock of the schedule was lost; this process asks for it again")
         finally:
@@ -82,24 +83,38 @@ async def _wait_for(lock: Lock, every_s: float) -> None:
         await asyncio.sleep(every_s)
 
 
-async def _hold(lock: Lock, cleaner: Cleaner, every_s: float) -> None:
-    """Run the jobs as long as the lock can be renewed."""
+async def _hold(redis: Redis, lock: Lock, cleaner: Cleaner, every_s: float) -> None:
+    """Run the jobs as long as the lock can be renewed.
+
+    When each ran last stands in Redis: a process that is restarted every night makes its daily backup all the same.
+    """
     one_at_a_time = asyncio.Lock()
     scheduler = AsyncIOScheduler(timezone="UTC")
+    marks = schema.BY_NAME["limits"].key(shard=schema.shards_of(cleaner.settings)[0])
+    ran = await redis.hgetall(marks)
 
-    def guarded(job: Callable[[], Awaitable[list[Action]]]) -> Callable[[], Awaitable[None]]:
+    def guarded(job: str) -> Callable[[], Awaitable[None]]:
         async def work() -> None:
             async with one_at_a_time:
                 try:
-                    await job()
+                    await getattr(cleaner, job)()
+                    await redis.hset(marks, f"{job}_ms", str(clock.now_ms()))
                 except RedisError as error:  # the server is away, or refuses: the next run does it
-                    _log.warning("%s: %s", job.__name__, error)
+                    _log.warning("%s: %s", job, error)
 
         return work
 
     for job in JOBS:
+        every_ms = _every_ms(cleaner, job)
+        due_ms = max(int(ran.get(f"{job}_ms".encode(), 0)) + every_ms, clock.now_ms())
         scheduler.add_job(
-            guarded(getattr(cleaner, job)), "interval", seconds=_every_ms(cleaner, job) / 1000, coalesce=True, id=job
+            guarded(job),
+            "interval",
+            seconds=every_ms / 1000,
+            next_run_time=datetime.fromtimestamp(due_ms / 1000, UTC),
+            misfire_grace_time=None,  # late is better than not at all
+            coalesce=True,
+            id=job,
         )
     scheduler.start()
     try:
