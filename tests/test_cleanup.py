@@ -177,23 +177,24 @@ async def test_silent_symbols_give_their_streams_back(default_redis: Redis) -> N
     )
 
 
-async def test_statistics_and_sketches_stay_within_their_shares(fresh_server: Callable[..., Server]) -> None:
+async def test_statistics_and_sketches_stay_within_their_shares(default_server: Server) -> None:
     chosen = settings.load(
         server={"maxmemory": "8mb"},
         budget={"streams": 0.6, "vwap": 0.1, "percentile": 0.01, "statistics": 0.04, "misc": 0.05, "buffer": 0.2},
         retention={"percentile_bucket_s": 300, "percentile_window_s": 7_200},
     )
     events = synth("normal", hours=2, seed=1)
-    async with fresh_server(settings=chosen).connect() as redis:
-        done = await ingest(events, redis, settings=chosen, cleaner=Cleaner(redis, settings=chosen))
-        measured = await measure(redis, settings=chosen)
-        used = measured.table.loc[["percentile", "statistics"], "used_pct"]
-        assert used.between(50, 110).all(), used
-        assert done.evicted == 0
-        found = {int(at) for key in await redis.keys("sketch:*") for at in await redis.hkeys(key)}
-        newest = int(events["ts_ms"].max()) // 300_000
-        assert found == set(range(min(found), newest + 1))  # the oldest went, and no others
-        assert len(found) < 24
+    with serve(binary=default_server.binary, settings=chosen) as server:
+        async with server.connect() as redis:
+            done = await ingest(events, redis, settings=chosen, cleaner=Cleaner(redis, settings=chosen))
+            measured = await measure(redis, settings=chosen)
+            used = measured.table.loc[["percentile", "statistics"], "used_pct"]
+            assert used.between(50, 110).all(), used
+            assert done.evicted == 0
+            found = {int(at) for key in await redis.keys("sketch:*") for at in await redis.hkeys(key)}
+            newest = int(events["ts_ms"].max()) // 300_000
+            assert found == set(range(min(found), newest + 1))  # the oldest went, and no others
+            assert len(found) < 24
 
 
 # Tiers on a real server
@@ -251,26 +252,27 @@ async def test_each_tier_does_its_work_and_touches_nothing_critical(fresh_server
             assert action.as_dict()["freed"] == action.bytes_before - action.bytes_after
 
 
-async def test_a_dry_run_says_what_and_does_nothing(fresh_server: Callable[..., Server]) -> None:
+async def test_a_dry_run_says_what_and_does_nothing(default_server: Server) -> None:
     chosen = settings.load(server={"maxmemory": "5mb"}, retention={"hot_s": 60})
     events = synth("normal", hours=12, seed=1)
     roomy = settings.load(server={"maxmemory": "64mb", "maxmemory_policy": "noeviction"})
-    async with fresh_server(settings=roomy).connect() as redis:
-        await Writer(redis, settings=chosen).write_table(events)
-        await redis.set("temp:a", "b")
-        await redis.config_set("maxmemory", "5mb")
-        keys, used = await redis.dbsize(), len(await history(redis))
-        dry = Cleaner(redis, settings=chosen, dry_run=True)
-        said = await dry.trim(int(events["ts_ms"].max()))
-        said += await dry.check() + await dry.compact() + await dry.daily()
-        assert (await redis.dbsize(), len(await history(redis))) == (keys, used)
-        assert {"trim events", "drop temporary", "expire all"} <= {f"{a.what} {a.family}" for a in said}
-        assert all(action.freed == 0 for action in said)
+    with serve(binary=default_server.binary, settings=roomy) as server:
+        async with server.connect() as redis:
+            await Writer(redis, settings=chosen).write_table(events)
+            await redis.set("temp:a", "b")
+            await redis.config_set("maxmemory", "5mb")
+            keys, used = await redis.dbsize(), len(await history(redis))
+            dry = Cleaner(redis, settings=chosen, dry_run=True)
+            said = await dry.trim(int(events["ts_ms"].max()))
+            said += await dry.check() + await dry.compact() + await dry.daily()
+            assert (await redis.dbsize(), len(await history(redis))) == (keys, used)
+            assert {"trim events", "drop temporary", "expire all"} <= {f"{a.what} {a.family}" for a in said}
+            assert all(action.freed == 0 for action in said)
 
-        wet = Cleaner(redis, settings=chosen)
-        did = await wet.trim(int(events["ts_ms"].max()))
-        assert {f"{a.what} {a.family}" for a in did} >= {"trim events", "drop temporary"}
-        assert len(await history(redis)) < used
+            wet = Cleaner(redis, settings=chosen)
+            did = await wet.trim(int(events["ts_ms"].max()))
+            assert {f"{a.what} {a.family}" for a in did} >= {"trim events", "drop temporary"}
+            assert len(await history(redis)) < used
 
 
 # What has no TTL, and what is idle

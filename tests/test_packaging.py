@@ -25,10 +25,10 @@ FLOORS = (
     ("schema", "codecs"),
     ("feeds", "config", "server"),  # the server that liqlab starts takes its directives from config
     # DESIGN.md's `history` is called archive here, since `liqlab.history` is a function; what made journal and
-    # writer too long stands before them.
+    # writer too long stands before them. `percentiles` needs the writer, which needs `quantiles`.
     (
         *("journalfile", "journal", "breaker", "candles", "quantiles", "batch", "original", "link", "writer"),
-        *("archive", "detector", "record"),
+        *("archive", "percentiles", "detector", "record"),
     ),
     ("budget", "monitor", "cleanup", "migrate"),
     ("sizing", "replay", "tuning"),

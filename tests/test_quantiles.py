@@ -12,8 +12,8 @@ from redis.asyncio import Redis
 
 from liqlab import clock, quantiles, read_feed, settings, synth
 from liqlab.events import Columns, event_table
+from liqlab.percentiles import METHODS, SAMPLE, Exact, LogBins, Reservoir, TopK
 from liqlab.quantiles import ACCURACY, Distribution, distribution, log_bins
-from liqlab.quantiles.methods import METHODS, SAMPLE, Exact, LogBins, Reservoir, TopK
 from liqlab.writer import Writer
 
 HOUR, DAY = clock.HOUR_MS, clock.DAY_MS

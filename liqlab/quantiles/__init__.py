@@ -5,7 +5,7 @@ row of log-spaced bins. A quiet symbol pays for one key, not for 24. A field is 
 then 16-bit words, each a bin and up to eight counts; words of the same bin add up. A batch of the writer appends its
 own, and write.lua folds them together from time to time.
 
-`liqlab.quantiles.methods` has the other ways, to be compared with.
+`liqlab.percentiles` has the other ways, to be compared with.
 """
 
 from __future__ import annotations
