@@ -146,7 +146,7 @@ async def rate(server: Server, events: int, work: Work) -> float:
 async def bulk(name: str, events: pd.DataFrame, suffix: str) -> None:
     """Compare the full schema, bulk, with the original's pipeline of 50, cryptofeed's pattern and bare XADD."""
     ours_settings = UNBOUNDED.model_copy(
-        update={"writer": UNBOUNDED.writer.model_copy(update={"bulk_events": 20_000, "batch_bytes": 4 << 20})}
+        update={"writer": UNBOUNDED.writer.model_copy(update={"bulk_events": 40_000, "batch_bytes": 4 << 20})}
     )
     pipeline = settings.load(writer={"strategy": "pipeline"}, retention={"events_maxlen": 10**9})
 
