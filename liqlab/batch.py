@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from liqlab import candles, quantiles, schema
 from liqlab.codecs import CODECS, CodecError, Names
 from liqlab.codecs.base import Column, Value
-from liqlab.events import Columns
+from liqlab.events import Columns, run_starts
 from liqlab.quantiles import log_bins
 from liqlab.settings import Settings
 
@@ -75,7 +75,7 @@ def pack(
 
     place = np.argsort(events.symbol, kind="stable")
     events = events.rows(place)
-    starts = _starts(events.symbol)
+    starts = run_starts(events.symbol)
     counts = np.diff(starts, append=len(events))
     # A small part of a table has few of its symbols: what is done for each is done for those only.
     present = [events.symbols[code] for code in events.symbol[starts].tolist()]
@@ -135,7 +135,7 @@ def _streams(
         names.of_symbols(present)  # whatever the codec: readers find a symbol's own stream by them
         own = [keys(key(name, shard=shard)) for name, is_own in zip(present, alone.tolist(), strict=True) if is_own]
         rows = np.flatnonzero(of_row)
-        streams += _entries(events.rows(rows), _starts(events.symbol[rows]), own, names, settings, own=True)
+        streams += _entries(events.rows(rows), run_starts(events.symbol[rows]), own, names, settings, own=True)
     if not alone.all():
         rows = np.flatnonzero(~of_row)
         rows = rows[np.argsort(place[rows])]  # as they came: in time order, ties too
@@ -164,7 +164,7 @@ def _entries(
         places = np.flatnonzero(~carried)
         for place, row in zip(places.tolist(), fallback.encode(events.rows(places), names, own=own), strict=True):
             odd[place] = [word for pair in zip(fallback.fields_of(own), row, strict=True) for word in pair]
-    runs = _starts(np.repeat(starts, np.diff(starts, append=len(times))), times)
+    runs = run_starts(np.repeat(starts, np.diff(starts, append=len(times))), times)
     seq = np.arange(len(times)) - np.repeat(runs, np.diff(runs, append=len(times)))
     ids: list[int | str] = times.tolist()  # numbers: an ID without a sequence number has the number 0
     for place in np.flatnonzero(seq).tolist():
@@ -214,9 +214,9 @@ def _sketches(events: Columns, keys: _Keys, settings: Settings, shard: int | Non
     bins = log_bins(events.notional)
     order = np.lexsort((bins, hours, events.symbol))
     symbol, hours, bins, values = events.symbol[order], hours[order], bins[order], events.notional[order]
-    cells = _starts(symbol, hours, bins)
+    cells = run_starts(symbol, hours, bins)
     words, lengths = quantiles.pack(bins[cells], np.diff(cells, append=len(order)))
-    buckets = _starts(symbol[cells], hours[cells])
+    buckets = run_starts(symbol[cells], hours[cells])
     stops = 2 * np.cumsum(lengths)[np.append(buckets[1:], len(cells)) - 1]
     starts = [0, *stops[:-1].tolist()]
     first = cells[buckets]
@@ -233,12 +233,3 @@ def _text(numbers: NDArray[Any]) -> list[str]:
     """Return the shortest texts that read back as the same numbers; Arrow is an order faster than repr."""
     texts: list[str] = pa.array(numbers).cast(pa.string()).to_pylist()
     return texts
-
-
-def _starts(*columns: NDArray[Any]) -> NDArray[np.intp]:
-    """Where a run of rows that are equal in all `columns` begins."""
-    new = np.zeros(len(columns[0]), dtype=bool)
-    new[:1] = True
-    for column in columns:
-        new[1:] |= column[1:] != column[:-1]
-    return np.flatnonzero(new)

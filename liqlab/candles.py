@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from liqlab import schema
-from liqlab.events import SIDES, Columns
+from liqlab.events import SIDES, Columns, run_starts
 from liqlab.settings import Settings, load
 
 WIDTHS: Final = {"1m": "candle", "5m": "candle_5m", "1h": "candle_1h"}
@@ -67,9 +67,7 @@ def parts(events: Columns, width: str) -> Parts:
     """
     width_ms = schema.BY_NAME[WIDTHS[width]].bucket_ms
     bucket, size, price = events.ts_ms // width_ms, events.size, events.price
-    new = np.ones(len(events), np.bool_)
-    new[1:] = (events.symbol[1:] != events.symbol[:-1]) | (bucket[1:] != bucket[:-1])
-    first = np.flatnonzero(new)
+    first = run_starts(events.symbol, bucket)
     last = np.append(first[1:], len(events)) - 1
     cells = np.empty(len(first), FORM)
     cells["count"] = last - first + 1
@@ -130,7 +128,7 @@ async def candles(
     shard = schema.shard_of(symbol, (settings or load()).shards)
     head = family.head(symbol, shard=shard)
     if start_ms is None or end_ms is None:
-        keys = redis.scan_iter(match=f"{_literal(head)}*", count=_SCANNED)
+        keys = redis.scan_iter(match=f"{schema.literal(head)}*", count=_SCANNED)
         ends = (key.decode()[len(head) :] async for key in keys)
         buckets = sorted({int(end) async for end in ends if end.isdecimal()})
         low, high = -1 if start_ms is None else start_ms, math.inf if end_ms is None else end_ms
@@ -191,7 +189,3 @@ async def _read(redis: Redis, keys: list[str]) -> list[bytes]:
                 fields: list[Any] = await redis.hmget(keys[at], list(FORM.names or ()))
                 cells[at] = np.array([tuple(map(float, fields))], FORM).tobytes()
     return [cell if cell and len(cell) == FORM.itemsize else b"" for cell in cells]
-
-
-def _literal(text: str) -> str:
-    return re.sub(r"([\\*?\[\]^-])", r"\\\1", text)

@@ -305,3 +305,12 @@ def check_event(event: Event) -> Event:
     if not 0 < event.price * event.size < float("inf"):
         raise EventError(f"price x size is {event.price * event.size!r}; it must be finite and positive")
     return event
+
+
+def run_starts(*columns: NDArray[Any]) -> NDArray[np.intp]:
+    """Return where a run of rows begins that are equal in all `columns`, which are arrays of one length."""
+    new = np.zeros(len(columns[0]), dtype=bool)
+    new[:1] = True
+    for column in columns:
+        new[1:] |= column[1:] != column[:-1]
+    return np.flatnonzero(new)

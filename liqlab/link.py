@@ -185,7 +185,7 @@ class Link:
                 self._pack(batch, shard)  # for the first time, or again, for another table of names
             _, keys, argument = batch.packed[shard]
             try:
-                late, trimmed = await self._script(keys=keys, args=[argument])
+                late, trimmed, *epoch = await self._script(keys=keys, args=[argument])
             except LOST:
                 # Whether the server ran the batch is unknown. Its number makes the repeat harmless.
                 attempt += 1
@@ -199,7 +199,8 @@ class Link:
                 continue
             batch.left.pop(0)
             batch.packed.pop(shard, None)
-            if late == _REPEATED:  # under what names it was taken is not known any more
+            if late == _REPEATED:  # perhaps of an earlier process, under names that this one has not read
+                self._acknowledged[shard] = str_if_bytes(epoch[0])
                 continue
             self._acknowledged[shard] = self._names[shard].epoch
             self._counts.late += int(late)

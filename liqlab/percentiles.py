@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from redis.asyncio import Redis
 
 from liqlab import quantiles, schema
-from liqlab.events import Columns
+from liqlab.events import Columns, run_starts
 from liqlab.quantiles import Distribution, Floats
 from liqlab.settings import Settings, load
 from liqlab.writer import Writer
@@ -110,7 +110,12 @@ class _SortedSets(Method):
 
     async def memory(self, symbol: str) -> int:
         """Return the bytes of what is kept of a symbol, by MEMORY USAGE."""
-        keys = [key async for key in self.redis.scan_iter(match=f"size:{symbol}:*", count=1_000)]
+        keys = [
+            key
+            async for key in self.redis.scan_iter(
+                match=f"{schema.literal(schema.BY_NAME['percentile'].head(symbol))}*", count=1_000
+            )
+        ]
         return sum([int(await self.redis.memory_usage(key, samples=0) or 0) for key in keys])
 
     async def distribution(self, symbol: str, *, end_ms: int, window_s: int | None = None) -> Distribution:
@@ -137,7 +142,7 @@ class _SortedSets(Method):
         buckets = events.ts_ms // self._bucket_ms
         order = np.lexsort((buckets, events.symbol))
         symbol, buckets = events.symbol[order], buckets[order]
-        new = np.flatnonzero((np.diff(symbol, prepend=-1) != 0) | (np.diff(buckets, prepend=-1) != 0))
+        new = run_starts(symbol, buckets)
         for start, stop in zip(new.tolist(), [*new[1:].tolist(), len(order)], strict=True):
             name = events.symbols[symbol[start]]
             yield schema.BY_NAME["percentile"].key(name, bucket=int(buckets[start])), order[start:stop]

@@ -176,6 +176,11 @@ def family_of(key: str) -> Family | None:
     return None
 
 
+def literal(text: str) -> str:
+    """Return a SCAN pattern that only `text` itself matches: a symbol is the venue's own name, whatever is in it."""
+    return re.sub(r"([\\*?\[\]^-])", r"\\\1", text)
+
+
 def shard_of(symbol: str, shards: int) -> int | None:
     """Return the shard of a symbol: CRC-32 of its UTF-8 name modulo `shards`; None where there is only one.
 

@@ -16,7 +16,7 @@
 --          uniques   {ttl, key, {symbol, ...}}
 --          where key is an index into KEYS, and sums and counts are text
 -- returns  {late, trimmed}: events that came late, events that MAXLEN or the limits pushed out;
---          {-2, 0} for a repeated batch;
+--          {-2, 0, epoch of the names} for a repeated batch;
 --          {-1, 0} with nothing written where the names are not what the writer takes them to be
 
 local seq, ahead, mark_ttl, names, streams, vwaps, candles, sketches, uniques = unpack(cmsgpack.unpack(ARGV[1]))
@@ -24,9 +24,8 @@ local call, pcall, format, match = redis.call, redis.pcall, string.format, strin
 
 local mark = ahead and 'ahead:' .. format('%.0f', seq) or 'seq'
 local last = call('HGET', KEYS[1], mark)
-if last and (ahead or tonumber(last) >= seq) then return {-2, 0} end
-
 local head = call('LRANGE', KEYS[2], 0, 1)
+if last and (ahead or tonumber(last) >= seq) then return {-2, 0, head[1] or ''} end
 if (head[1] or '') ~= names[1] or math.max(call('LLEN', KEYS[2]) - 2, 0) ~= names[2] then return {-1, 0} end
 if not head[1] then call('RPUSH', KEYS[2], names[3], '0') end
 for i = 1, #names[4] do call('RPUSH', KEYS[2], names[4][i]) end

@@ -384,3 +384,16 @@ async def test_a_repeated_batch_is_no_sign_of_lost_memory(default_redis: Redis) 
         await again.send(again.batch(seq, Columns.of(events.iloc[start : start + 100])))
     assert counts.memory_lost == 0
     pd.testing.assert_frame_equal(await stored(default_redis), plain(events), check_dtype=False)
+
+
+async def test_memory_that_is_lost_right_after_a_repeated_batch_is_noticed(default_redis: Redis) -> None:
+    events = Columns.of(sample(200))
+    counts = link.Counts()
+    first = link.Link(default_redis, settings.load(), "me", counts)
+    await first.send(first.batch(1, events))
+    again = link.Link(default_redis, settings.load(), "me", counts)
+    await again.send(again.batch(1, events))  # the server has it
+    await default_redis.flushall()
+    await Writer(default_redis).write_table(sample(10))  # somebody else was quicker
+    with pytest.raises(link.MemoryLostError):
+        await again.send(again.batch(2, events))

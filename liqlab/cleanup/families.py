@@ -164,23 +164,21 @@ async def _cut_hot(redis: Redis, now: Streams, over: float, *, dry_run: bool) ->
     first, last = min(ends), max(ends)
     # Taken as evenly spread in time: a round that cuts too little is followed by another that cuts more.
     cut_ms = first + max(math.ceil((last + 1 - first) * part), 1)
+    if dry_run:  # an estimate: to count, one would have to read them all
+        return math.ceil(part * int(hot["members"].sum())), cut_ms
     pipe = redis.pipeline(transaction=False)
     for key in hot.index:
-        if dry_run:
-            pipe.execute_command("XRANGE", key, "-", f"({cut_ms}-0")
-        else:
-            pipe.xtrim(key, minid=cut_ms, approximate=False)
-    found = await pipe.execute()
-    return sum(len(one) if dry_run else int(one) for one in found), cut_ms
+        pipe.xtrim(key, minid=cut_ms, approximate=False)
+    return sum(map(int, await pipe.execute())), cut_ms
 
 
 async def _cut_one(redis: Redis, key: str, count: int, held: int, *, dry_run: bool) -> tuple[int, int]:
-    """Cut the oldest of a stream's events; return how many, and the time of the oldest that stays."""
-    if not dry_run:
-        count = int(await redis.xtrim(key, maxlen=held - count, approximate=False))
-    rest: Any = await redis.xrange(key, count=count + 1 if dry_run else 1)
-    rest = rest[count:] if dry_run else rest
-    return count, int(rest[0][0].partition(b"-")[0]) if rest else 0
+    """Cut the oldest of a stream's events; return how many, and the time of the oldest that stays, 0 if unknown."""
+    if dry_run:  # which one stays cannot be told without reading all before it
+        return count, 0
+    removed = int(await redis.xtrim(key, maxlen=held - count, approximate=False))
+    rest: Any = await redis.xrange(key, count=1)
+    return removed, int(rest[0][0].partition(b"-")[0]) if rest else 0
 
 
 async def empty_streams(redis: Redis, shard: int | None, *, dry_run: bool) -> Freed:
