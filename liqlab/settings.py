@@ -58,6 +58,7 @@ def parse_bytes(value: object) -> object:
 
 ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Usd = Annotated[float, Field(ge=0)]
 
 
 class _Section(BaseModel):
@@ -138,6 +139,17 @@ class Writer(_Section):
     block_codec: Literal["block", "msgpack-zlib"] = "block"
     block_bytes: Annotated[ByteSize, Field(ge=1 << 10, le=1 << 20)] = 16 << 10
     candles: Literal["packed", "hash"] = "packed"
+
+
+class Detector(_Section):
+    """Which event is an alert; `retention` has the percentile's window, the cooldown, and how long signals stay."""
+
+    percentile: Annotated[float, Field(gt=0, lt=100)] = 95.0
+    refresh_s: PositiveInt = 60
+    volume_s: PositiveInt = 900
+    volume_usd: Usd = 100_000.0
+    min_usd: Usd = 0.0
+    min_usd_of: dict[str, Usd] = Field(default_factory=dict)
 
 
 class Journal(_Section):
@@ -247,6 +259,7 @@ class Settings(BaseSettings):
     retention: Retention = Retention()
     thresholds: Thresholds = Thresholds()
     writer: Writer = Writer()
+    detector: Detector = Detector()
     journal: Journal = Journal()
     cleanup: Cleanup = Cleanup()
     server: Server = Server()

@@ -10,9 +10,10 @@ import pytest
 from redis.asyncio import Redis
 
 from liqlab import clock, schema, settings
-from liqlab.archive import count, history, seal
+from liqlab.archive import count, history
 from liqlab.codecs import CodecError
 from liqlab.events import event_table
+from liqlab.sealing import seal
 from liqlab.server import Server
 from liqlab.writer import Writer
 from tests.test_writer import T0, plain, sample

@@ -24,9 +24,9 @@ from redis.utils import str_if_bytes
 import liqlab
 from liqlab import config, schema
 from liqlab import server as server_module
-from liqlab.archive import seal
 from liqlab.breaker import Breaker
 from liqlab.candles import candles
+from liqlab.sealing import seal
 from liqlab.server import Server, capabilities, connect
 from liqlab.settings import Settings, SettingsError, load
 from liqlab.writer import Writer

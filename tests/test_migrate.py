@@ -17,13 +17,13 @@ import pytest
 from redis.asyncio import Redis
 
 from liqlab import clock, schema, settings
-from liqlab.archive import seal
 from liqlab.candles import candles
 from liqlab.events import Event, event_table
 from liqlab.feeds import read_feed
 from liqlab.feeds.synth import synth
 from liqlab.migrate import Migrated, MigrateError, checklist, migrate, plan, restore
 from liqlab.migrate.sources import entries, find
+from liqlab.sealing import seal
 from liqlab.server import Server, serve
 from liqlab.writer import Writer
 from tests.test_writer import T0, plain, sample, stored

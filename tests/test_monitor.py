@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError
 
-from liqlab import archive, clock, monitor, plots, settings
+from liqlab import clock, monitor, plots, sealing, settings
 from liqlab.cleanup import Cleaner
 from liqlab.cleanup.pressure import Action
 from liqlab.monitor import Alarms, Alert, Exporter, Level, measure, memory_limit, serve_metrics, tell, watch
@@ -44,7 +44,7 @@ PLAIN = settings.load()
 async def test_a_look_finds_what_the_server_has(redis: Redis, layout: str, shards: int) -> None:
     chosen = settings.load(shards=shards, writer={"layout": layout, "hybrid_events": 300})
     await Writer(redis, settings=chosen).write_table(sample(3_000))
-    await archive.seal(redis, now_ms=T0 + clock.DAY_MS, settings=chosen, partial=True)
+    await sealing.seal(redis, now_ms=T0 + clock.DAY_MS, settings=chosen, partial=True)
     blocks = sum([await redis.xlen(key) for key in await redis.keys("liqb*")])
     await Writer(redis, settings=chosen).write_table(sample(2_000))
     await redis.set("liq:foreign", "no stream")

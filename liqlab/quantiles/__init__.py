@@ -161,7 +161,7 @@ class Distribution:
         between = (whole < len(self.high)) & (asked > low)
         with np.errstate(divide="ignore", invalid="ignore"):
             part = np.log(asked / low) / np.log(high / low)
-        result = result + np.where(between, self.weight[inside] * np.nan_to_num(part), 0.0)
+        result = result + np.where(between, self.weight[inside] * np.clip(np.nan_to_num(part), 0, 1), 0.0)
         result = np.where(asked >= self.most, total[-1], np.where(asked < self.least, 0.0, result))
         return np.asarray(result / total[-1], np.float64)
 

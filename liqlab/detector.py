@@ -1,0 +1,266 @@
+"""When is a liquidation an alert? When it is large for its symbol, in a quarter of an hour that is busy.
+
+An event is an alert where its notional is at or above the `detector.percentile` of its symbol's trailing window, and
+events of its symbol and side have come to `detector.volume_usd` within `detector.volume_s`. Then its symbol and side
+are quiet for `retention.cooldown_s`. All of it is by event time: a replay finds what a live detector would have found.
+
+An alert is claimed and signalled in one atomic step on the server: two detectors never raise the same one, nor does one
+that was killed and looks at the same events again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Final
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from redis.asyncio import Redis
+
+from liqlab import archive, clock, schema
+from liqlab.events import SIDES, Columns, check, run_starts
+from liqlab.percentiles import LogBins, Method, Unlimited
+from liqlab.quantiles import Distribution
+from liqlab.settings import Settings, load
+
+_POLL_S: Final = 0.25
+_NUMBERS: Final = ("price", "notional", "threshold", "rank", "volume")
+# The cooldown's key is gone when its time is up; signals stay for longer, and still know what was raised before a
+# detector was restarted. An event before the last alert of its side comes too late to be one.
+_CLAIM: Final = """
+local ms, cooldown_ms, side = tonumber(ARGV[1]), 1000 * ARGV[2], ARGV[4]
+local last = tonumber(redis.call('GET', KEYS[1]) or '')
+if not last then
+  for _, entry in ipairs(redis.call('XREVRANGE', KEYS[2], '+', string.format('%.0f', math.max(ms - cooldown_ms, 0)))) do
+    local found = {}
+    for i = 1, #entry[2], 2 do found[entry[2][i]] = entry[2][i + 1] end
+    if found.side == side then last = tonumber(found.ts_ms) break end
+  end
+end
+if last and ms < last + cooldown_ms then return last end
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+local top = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)[1]
+local id_ms = math.max(ms, top and tonumber(string.match(top[1], '%d+')) or 0)
+redis.call('XADD', KEYS[2], string.format('%.0f-*', id_ms), 'ts_ms', ARGV[1], unpack(ARGV, 5))
+redis.call('XTRIM', KEYS[2], 'MINID', string.format('%.0f', math.max(id_ms - 1000 * ARGV[3], 0)))
+redis.call('EXPIRE', KEYS[2], ARGV[3])
+return -1
+"""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Alert:
+    """A large liquidation in a busy quarter of an hour.
+
+    Attributes
+    ----------
+    ts_ms : int
+        Of the event, ms since the epoch, UTC.
+    symbol, side, exchange : str
+        Of the event; the side is the order's.
+    price, notional : float
+        Of the event; USD.
+    threshold : float
+        The percentile that the notional is at or above, USD.
+    rank : float
+        Which part of the symbol's trailing window is at most the notional, 0 to 1.
+    volume : float
+        Notionals of the symbol and side within `detector.volume_s`, up to and with the event, USD.
+    """
+
+    ts_ms: int
+    symbol: str
+    side: str
+    exchange: str
+    price: float
+    notional: float
+    threshold: float
+    rank: float
+    volume: float
+
+
+def table(alerts: Iterable[Alert]) -> pd.DataFrame:
+    """Return alerts as a DataFrame with the columns of `Alert`, in time order."""
+    rows = pd.DataFrame([asdict(alert) for alert in alerts], columns=list(Alert.__annotations__))
+    types = {"ts_ms": np.int64} | dict.fromkeys(_NUMBERS, np.float64)
+    return rows.astype(types).sort_values("ts_ms", kind="stable", ignore_index=True)
+
+
+class Detector:
+    """Raises an alert for each event that is one.
+
+    Parameters
+    ----------
+    redis : redis.asyncio.Redis or None
+        Where alerts are claimed and signalled; None keeps them to this object, for a study without a server.
+    method : Method, optional
+        Where percentiles come from; the sketches that the writer keeps when absent.
+    settings : Settings, optional
+        `detector`, `retention` and `shards` are read; `liqlab.settings.load()` when absent.
+    """
+
+    def __init__(self, redis: Redis | None, *, method: Method | None = None, settings: Settings | None = None) -> None:
+        self.settings = settings or load()
+        self.redis = redis
+        if method is None:
+            method = LogBins(redis, settings=self.settings) if redis else Unlimited(settings=self.settings)
+        self.method = method
+        self._claim = redis.register_script(_CLAIM) if redis else None
+        self._recent: Columns | None = None  # events of the last `detector.volume_s`
+        self._last: dict[tuple[str, str], int] = {}  # the last alert that is known of, by symbol and side
+        self._known: dict[str, tuple[int, Distribution, float]] = {}  # by symbol: when, of what, and its threshold
+
+    async def look(self, events: pd.DataFrame) -> list[Alert]:
+        """Look at events, in time order, and raise those that are alerts.
+
+        A threshold is asked for once in `detector.refresh_s` of event time and symbol, before the first event in
+        question. In a study, let events be stored after they were looked at.
+
+        Parameters
+        ----------
+        events : pandas.DataFrame
+            An event table that goes on where the last one ended.
+
+        Returns
+        -------
+        list of Alert
+            Raised by this call; what another detector has raised already is not among them.
+        """
+        columns = Columns.of(check(events))
+        if not len(columns):
+            return []
+        volume = await self._volumes(columns)
+        detector = self.settings.detector
+        least = np.array([detector.min_usd_of.get(symbol, detector.min_usd) for symbol in columns.symbols])
+        likely = np.flatnonzero((columns.notional >= least[columns.symbol]) & (volume >= detector.volume_usd))
+        raised = []
+        for row in likely.tolist():
+            symbol, side, ms = columns.symbols[columns.symbol[row]], SIDES[columns.side[row]], int(columns.ts_ms[row])
+            if ms < self._last.get((symbol, side), -1) + 1000 * self.settings.retention.cooldown_s:
+                continue
+            trailing, threshold = await self._threshold(symbol, ms)
+            notional = float(columns.notional[row])
+            if not notional >= threshold:
+                continue
+            alert = Alert(
+                ts_ms=ms,
+                symbol=symbol,
+                side=side,
+                exchange=columns.exchanges[columns.exchange[row]],
+                price=float(columns.price[row]),
+                notional=notional,
+                threshold=threshold,
+                rank=float(trailing.rank([notional])[0]),
+                volume=float(volume[row]),
+            )
+            if await self._raise(alert):
+                raised.append(alert)
+        return raised
+
+    async def follow(self) -> AsyncIterator[list[Alert]]:
+        """Look at what is written to Redis as it is written, and yield the alerts of each look that raised any.
+
+        Begins `detector.volume_s` ago: what happened while no detector ran is looked at, if not for long.
+        """
+        if self.redis is None:
+            raise RuntimeError("there is no server to follow: make the detector with one")
+        start_ms, after = clock.now_ms() - 1000 * self.settings.detector.volume_s, dict[str, str]()
+        while True:
+            events = await archive.tail(self.redis, after, start_ms=start_ms, settings=self.settings)
+            if alerts := await self.look(events):
+                yield alerts
+            await asyncio.sleep(0 if len(events) else _POLL_S)
+
+    async def _volumes(self, events: Columns) -> NDArray[np.float64]:
+        """Return, for each event, what its symbol and side have come to by then, within `detector.volume_s`."""
+        span_ms, begin_ms = 1000 * self.settings.detector.volume_s, int(events.ts_ms[0])
+        if self._recent is None and self.redis is not None:
+            before_ms = max(begin_ms - span_ms, 0), begin_ms - 1
+            self._recent = Columns.of(await archive.history(self.redis, None, *before_ms, settings=self.settings))
+        known = Columns.concat([self._recent, events]) if self._recent is not None and len(self._recent) else events
+        # Late events stand where they came; a sum is over what has come until then.
+        group, times = 2 * known.symbol.astype(np.int64) + known.side, np.maximum.accumulate(known.ts_ms)
+        order = np.argsort(group, kind="stable")
+        since = times - times[0] + span_ms
+        place = (group * (int(since[-1]) + 1) + since)[order]  # a group's places lie behind all of the group before
+        total = np.concatenate([[0.0], np.cumsum(known.notional[order])])
+        volume = np.empty(len(known))
+        volume[order] = total[1:] - total[np.searchsorted(place, place - span_ms, side="right")]
+        self._recent = known.rows(slice(int(np.searchsorted(times, times[-1] - span_ms, side="right")), None))
+        return volume[-len(events) :]
+
+    async def _threshold(self, symbol: str, ms: int) -> tuple[Distribution, float]:
+        detector = self.settings.detector
+        number = ms // (1000 * detector.refresh_s)
+        if symbol not in self._known or self._known[symbol][0] < number:
+            trailing = await self.method.distribution(symbol, end_ms=1000 * detector.refresh_s * number - 1)
+            # Of fewer events than that the percentile is the largest of them, or none.
+            enough = trailing.count * (100 - detector.percentile) >= 100
+            threshold = float(trailing.quantiles([detector.percentile / 100])[0]) if enough else np.inf
+            self._known[symbol] = number, trailing, threshold
+        return self._known[symbol][1:]
+
+    async def _raise(self, alert: Alert) -> bool:
+        """Claim an alert for its symbol and side, and signal it; return whether nobody had."""
+        last = -1
+        if self._claim is not None:
+            retention, shard = self.settings.retention, schema.shard_of(alert.symbol, self.settings.shards)
+            fields = {name: value for name, value in asdict(alert).items() if name not in ("ts_ms", "symbol")}
+            last = await self._claim(
+                keys=[
+                    schema.BY_NAME["cooldown"].key(alert.symbol, side=alert.side, shard=shard),
+                    schema.BY_NAME["signal"].key(alert.symbol, shard=shard),
+                ],
+                args=[
+                    *(alert.ts_ms, retention.cooldown_s, retention.signal_s, alert.side),
+                    *(word for pair in fields.items() for word in pair),
+                ],
+            )
+        self._last[alert.symbol, alert.side] = alert.ts_ms if last < 0 else int(last)
+        return last < 0
+
+
+async def signals(redis: Redis, *, settings: Settings | None = None) -> pd.DataFrame:
+    """Return the alerts of all symbols that are still signalled, as `table` does."""
+    settings, family = settings or load(), schema.BY_NAME["signal"]
+    found = []
+    for shard in schema.shards_of(settings):
+        pattern = family.key("*", shard=shard)
+        async for key in redis.scan_iter(match=pattern, count=1_000):
+            symbol = key.decode()[len(pattern) - 1 :]
+            for _, fields in await redis.execute_command("XRANGE", key, "-", "+"):  # type: ignore[no-untyped-call]
+                texts = {name.decode(): value.decode() for name, value in fields.items()}
+                numbers = {name: float(texts[name]) for name in _NUMBERS}
+                found.append(Alert(int(texts["ts_ms"]), symbol, texts["side"], texts["exchange"], **numbers))
+    return table(found)
+
+
+async def backtest(events: pd.DataFrame, detector: Detector, *, progress: Progress | None = None) -> pd.DataFrame:
+    """Return the alerts of a feed, as `table` does, with percentiles from the detector's own method.
+
+    Minute by minute, events are looked at and then added to the method. `liqlab.ingest` plays a feed through the whole
+    system instead, with all that it forgets.
+
+    Parameters
+    ----------
+    events : pandas.DataFrame
+        An event table.
+    detector : Detector
+        Without a server, or with one that holds nothing of this feed.
+    progress : callable, optional
+        Called with (events looked at, events in all).
+    """
+    columns, found = Columns.of(check(events)), []
+    minutes = run_starts(columns.ts_ms // clock.MINUTE_MS)
+    for start, stop in pairwise([*minutes.tolist(), len(events)]):
+        found += await detector.look(events.iloc[start:stop])
+        await detector.method.add(columns.rows(slice(start, stop)))
+        if progress:
+            progress(stop, len(events))
+    return table(found)
