@@ -31,12 +31,16 @@ class Fidelity:
 
     Attributes
     ----------
+    found, true : pandas.DataFrame
+        As `liqlab.detector.table`.
     pairs : pandas.DataFrame
         A row an alert, in time order: symbol, side, what (``same``, ``missed`` or ``extra``), delay_s (seconds that the
         found one came after the true one; NaN where there is only one), and of each of both ts_ms, notional, threshold
         and rank with the suffixes ``_true`` and ``_found``.
     """
 
+    found: pd.DataFrame
+    true: pd.DataFrame
     pairs: pd.DataFrame
 
     def _share(self, other: str) -> float | None:
@@ -99,7 +103,7 @@ def compare(found: pd.DataFrame, true: pd.DataFrame, *, within_s: float) -> Fide
     rows += [_row(key, None, other) for key, others in theirs.items() for other in others]
     pairs = pd.DataFrame(rows, columns=_COLUMNS)
     order = pairs["ts_ms_true"].fillna(pairs["ts_ms_found"]).argsort(kind="stable")
-    return Fidelity(pairs.iloc[order].reset_index(drop=True))
+    return Fidelity(found, true, pairs.iloc[order].reset_index(drop=True))
 
 
 def _by_side(alerts: pd.DataFrame) -> dict[Any, list[Any]]:

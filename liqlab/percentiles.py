@@ -8,7 +8,7 @@ that has TDIGEST. `unlimited` is every value in the memory of this process: what
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -327,6 +327,6 @@ class Unlimited(Method):
         return self._kept[symbol]
 
 
-METHODS: Final[dict[str, Callable[..., Method]]] = {
+METHODS: Final[dict[str, type[Method]]] = {
     method.name: method for method in (LogBins, Exact, Reservoir, TDigest, TopK, Unlimited)
 }

@@ -6,8 +6,7 @@ import asyncio
 import os
 import sys
 import threading
-from collections.abc import Callable, Coroutine
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ import typer
 from rich.table import Table
 
 from liqlab import __version__
-from liqlab.cli import operate
+from liqlab.cli import operate, study
 from liqlab.cli.options import (
     OVER_BUDGET,
     Exchange,
@@ -31,9 +30,12 @@ from liqlab.cli.options import (
     Url,
     Zone,
     chosen_settings,
+    on_server,
+    paths,
+    read,
 )
 from liqlab.cli.terminal import budget_table, log, plain_table, print_json, progress, screen
-from liqlab.settings import Settings, SettingsError
+from liqlab.settings import SettingsError
 
 app = typer.Typer(
     help="How much liquidation history a small Redis keeps, and what each choice costs.",
@@ -43,7 +45,10 @@ app = typer.Typer(
 )
 feeds_app = typer.Typer(help="Recorded feeds: what is in them.", no_args_is_help=True)
 app.add_typer(feeds_app, name="feeds")
-for _command in (operate.cleanup, operate.restore, operate.monitor, operate.config, operate.migrate):
+for _command in (
+    *(study.quantiles, study.detect),
+    *(operate.cleanup, operate.restore, operate.monitor, operate.config, operate.migrate),
+):
     app.command()(_command)
 
 
@@ -107,7 +112,7 @@ def report(
 
     chosen = chosen_settings(options)
     with progress("report") as step:
-        made = module.run(_paths(feeds, feed), out, settings=chosen, progress=step)
+        made = module.run(paths(feeds, feed), out, settings=chosen, progress=step)
     if as_json:
         print_json({"report": str(made.html), **made.budget})
     else:
@@ -169,20 +174,20 @@ def ingest(
     from liqlab.replay import ingest as play
 
     chosen = chosen_settings(options)
-    read = _read(_paths(feeds, feed), chosen, form, symbol, exchange, columns, unit, tz)
+    recorded = read(paths(feeds, feed), chosen, form, symbol, exchange, columns, unit, tz)
 
     async def run(url: str) -> tuple[Any, Any]:
         async with server.connect(url) as client:
             with progress("ingest") as step:
-                done = await play(read, client, settings=chosen, expire=expire, progress=step)
+                done = await play(recorded, client, settings=chosen, expire=expire, progress=step)
             with progress("measure") as step:
                 return done, await module.measure(client, settings=chosen, progress=step)
 
-    ingested, measured = _on_server(redis, chosen, run)
+    ingested, measured = on_server(redis, chosen, run)
     if as_json:
-        print_json({"feed": read.report.as_dict(), "ingest": ingested.as_dict(), "budget": measured.as_dict()})
+        print_json({"feed": recorded.report.as_dict(), "ingest": ingested.as_dict(), "budget": measured.as_dict()})
         return
-    screen.print(plain_table(read.report.table()))
+    screen.print(plain_table(recorded.report.table()))
     screen.print(
         f"{ingested.events:,} events in {ingested.seconds:.1f} s"
         f" ({ingested.events / ingested.seconds:,.0f}/s); late {ingested.late:,}, trimmed by MAXLEN"
@@ -211,10 +216,10 @@ def codecs(
     from liqlab.codecs.compare import compare
     from liqlab.feeds import FeedError
 
-    read = _read(_paths(feeds, feed), chosen_settings(options), form, symbol, exchange, columns, unit, tz)
-    if read.events.empty:
+    recorded = read(paths(feeds, feed), chosen_settings(options), form, symbol, exchange, columns, unit, tz)
+    if recorded.events.empty:
         raise FeedError("the feed holds no event; `liqlab feeds inspect` says why")
-    found = compare(read.events)
+    found = compare(recorded.events)
     if as_json:
         print_json(found.reset_index().to_dict("records"))
         return
@@ -319,47 +324,8 @@ def inspect(
 
     Example: liqlab feeds inspect recording.csv --map ts_ms=timestamp,size=quantity --unit base
     """
-    read = _read(_paths(feeds, feed), chosen_settings(options), form, symbol, exchange, columns, unit, tz)
-    print_json(read.report.as_dict()) if as_json else screen.print(plain_table(read.report.table()))
-
-
-def _paths(feeds: list[str] | None, more: list[str] | None) -> list[str]:
-    paths = [*(more or []), *(feeds or [])]
-    if not paths:
-        raise typer.BadParameter("name at least one feed: a file, a folder or a glob", param_hint="FEED")
-    return paths
-
-
-def _read(
-    paths: list[str],
-    chosen: Settings,
-    form: str,
-    symbol: str | None,
-    exchange: str | None,
-    columns: str | None,
-    unit: str | None,
-    tz: str | None,
-) -> Any:
-    from liqlab.feeds import read_feed
-
-    names = dict(pair.split("=", 1) for pair in columns.split(",") if "=" in pair) if columns else None
-    with progress("read") as step:
-        return read_feed(
-            paths, form, symbol=symbol, exchange=exchange, columns=names, unit=unit, tz=tz, settings=chosen,
-            progress=step,
-        )  # fmt: skip
-
-
-def _on_server(url: str | None, chosen: Settings, run: Callable[[str], Coroutine[Any, Any, Any]]) -> Any:
-    """Run on the server that was named, else on a private one."""
-    from liqlab import server
-
-    with ExitStack() as stack:
-        if url is None and chosen.redis_url is not None:
-            url = chosen.redis_url.get_secret_value()
-        if url is None:
-            url = stack.enter_context(server.serve(settings=chosen)).url
-        return asyncio.run(run(url))
+    recorded = read(paths(feeds, feed), chosen_settings(options), form, symbol, exchange, columns, unit, tz)
+    print_json(recorded.report.as_dict()) if as_json else screen.print(plain_table(recorded.report.table()))
 
 
 def _fail(condition: str | None, over: list[str]) -> None:

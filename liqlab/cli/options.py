@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
 from typing import Annotated, Any, Final
 
 import typer
 
 from liqlab import settings
+from liqlab.cli.terminal import progress
 from liqlab.settings import Settings, SettingsError
 
 OVER_BUDGET: Final = 3
@@ -38,3 +42,50 @@ def chosen_settings(options: list[str] | None) -> Settings:
             node = node.setdefault(section, {})
         node[leaf] = value
     return settings.load(**tree)
+
+
+def paths(feeds: list[str] | None, more: list[str] | None) -> list[str]:
+    """Join what `Feeds` and `FeedOption` name.
+
+    Raises
+    ------
+    typer.BadParameter
+        There is none.
+    """
+    named = [*(more or []), *(feeds or [])]
+    if not named:
+        raise typer.BadParameter("name at least one feed: a file, a folder or a glob", param_hint="FEED")
+    return named
+
+
+def read(
+    named: list[str],
+    chosen: Settings,
+    form: str,
+    symbol: str | None,
+    exchange: str | None,
+    columns: str | None,
+    unit: str | None,
+    tz: str | None,
+) -> Any:
+    """Read a feed, with a bar; see `liqlab.read_feed`."""
+    from liqlab.feeds import read_feed
+
+    names = dict(pair.split("=", 1) for pair in columns.split(",") if "=" in pair) if columns else None
+    with progress("read") as step:
+        return read_feed(
+            named, form, symbol=symbol, exchange=exchange, columns=names, unit=unit, tz=tz, settings=chosen,
+            progress=step,
+        )  # fmt: skip
+
+
+def on_server(url: str | None, chosen: Settings, run: Callable[[str], Coroutine[Any, Any, Any]]) -> Any:
+    """Run on the server that was named, else on a private one."""
+    from liqlab import server
+
+    with ExitStack() as stack:
+        if url is None and chosen.redis_url is not None:
+            url = chosen.redis_url.get_secret_value()
+        if url is None:
+            url = stack.enter_context(server.serve(settings=chosen)).url
+        return asyncio.run(run(url))

@@ -1,0 +1,171 @@
+"""Commands that answer a question about a feed: quantiles, detect."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
+
+import typer
+from rich.table import Table
+
+from liqlab.cli.options import (
+    Exchange,
+    FeedOption,
+    Feeds,
+    Format,
+    Json,
+    Map,
+    Set,
+    Symbol,
+    Unit,
+    Url,
+    Zone,
+    chosen_settings,
+    paths,
+    read,
+)
+from liqlab.cli.terminal import log, print_json, progress, screen
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from liqlab.fidelity import Fidelity
+    from liqlab.settings import Settings
+
+_SHOWN: Final = 20  # rows of a table that may have thousands
+T = TypeVar("T")
+
+
+def detect(
+    feeds: Feeds = None,
+    feed: FeedOption = None,
+    form: Format = "auto",
+    symbol: Symbol = None,
+    exchange: Exchange = None,
+    columns: Map = None,
+    unit: Unit = None,
+    tz: Zone = None,
+    redis: Url = None,
+    method: Annotated[str, typer.Option(help="Where percentiles come from; see docs/percentiles.md.")] = "logbins",
+    options: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Raise alerts: of a feed, beside those that unlimited history would have raised; without one, of a live Redis.
+
+    Example: liqlab detect --feed data/cascade-1h.jsonl.gz --set detector.percentile=99
+    """
+    chosen = chosen_settings(options)
+    if not feeds and not feed:
+        with suppress(KeyboardInterrupt):
+            asyncio.run(_follow(redis, chosen, method, as_json))
+        return
+
+    from liqlab.fidelity import fidelity
+    from liqlab.percentiles import METHODS
+
+    _known(method, METHODS)
+    recorded = read(paths(feeds, feed), chosen, form, symbol, exchange, columns, unit, tz)
+
+    async def run(client: Redis) -> Fidelity:
+        with progress("detect") as step:
+            return await fidelity(recorded, client, method=method, settings=chosen, progress=step)
+
+    done = _on_private(chosen, run, tdigest=method == "tdigest")
+    if as_json:
+        print_json({"alerts": done.found.to_dict("records"), "fidelity": done.as_dict()})
+        return
+    for row in done.found.tail(_SHOWN).itertuples():
+        screen.print(_sentence(row), markup=False, soft_wrap=True)
+    if len(done.found) > _SHOWN:
+        screen.print(f"... the last {_SHOWN} of {len(done.found):,}; --json has all")
+    shares = {name: "-" if share is None else f"{share:.4f}" for name, share in
+              (("precision", done.precision), ("recall", done.recall))}  # fmt: skip
+    screen.print(
+        f"{len(done.found):,} alerts with {method}, {len(done.true):,} with unlimited history: precision"
+        f" {shares['precision']}, recall {shares['recall']}, {done.identical:,} at the very same event"
+    )
+    if len(done.differing):
+        screen.print(_differing(done.differing))
+
+
+def quantiles(
+    feeds: Feeds = None,
+    feed: FeedOption = None,
+    form: Format = "auto",
+    symbol: Symbol = None,
+    exchange: Exchange = None,
+    columns: Map = None,
+    unit: Unit = None,
+    tz: Zone = None,
+    options: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Keep a feed's percentiles in every way there is: error, bytes and query time of each.
+
+    Example: liqlab quantiles --feed data/normal-6h.jsonl.gz
+    """
+    raise NotImplementedError
+
+
+async def _follow(url: str | None, chosen: Settings, method: str, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from liqlab import server
+    from liqlab.detector import Detector
+    from liqlab.percentiles import METHODS
+
+    _known(method, {name: made for name, made in METHODS.items() if made.written})
+    async with server.connect(url, settings=chosen) as client:
+        detector = Detector(client, method=METHODS[method](client, settings=chosen), settings=chosen)
+        await client.ping()
+        log.print("Looking at what is written; Ctrl-C ends it.")
+        async for alerts in detector.follow():
+            for alert in alerts:
+                print_json(asdict(alert)) if as_json else screen.print(_sentence(alert), markup=False, soft_wrap=True)
+
+
+def _on_private(chosen: Settings, run: Callable[[Redis], Coroutine[Any, Any, T]], *, tdigest: bool) -> T:
+    """Run on a server of its own: a study of a recording has no business among live keys."""
+    from liqlab import server
+
+    async def connected(url: str) -> T:
+        async with server.connect(url) as client:
+            return await run(client)
+
+    with server.serve(settings=chosen, tdigest=tdigest) as running:
+        return asyncio.run(connected(running.url))
+
+
+def _known(method: str, methods: Iterable[str]) -> None:
+    if method not in methods:
+        raise typer.BadParameter(f"{method!r} is not one of {', '.join(methods)}", param_hint="--method")
+
+
+def _sentence(alert: Any) -> str:
+    import pandas as pd
+
+    return (
+        f"{pd.Timestamp(alert.ts_ms, unit='ms'):%Y-%m-%d %H:%M:%S}  {alert.symbol} {alert.side}"
+        f"  {alert.notional:,.0f} USD at {alert.price:.10g}  larger than {100 * alert.rank:.1f} %"
+        f" (threshold {alert.threshold:,.0f}); {alert.volume:,.0f} USD of its side lately"
+    )
+
+
+def _differing(pairs: Any) -> Table:
+    import pandas as pd
+
+    table = Table(title=f"{len(pairs):,} differ" + f", the first {_SHOWN}:" * (len(pairs) > _SHOWN), box=None)
+    for name in ("time", "symbol", "side", "", "delay s", "notional", "threshold", "true threshold"):
+        table.add_column(name, justify="right" if name in ("delay s", "notional") or "threshold" in name else "left")
+    for row in pairs.head(_SHOWN).itertuples():
+        when = row.ts_ms_found if row.what == "extra" else row.ts_ms_true
+        notional = row.notional_found if row.what == "extra" else row.notional_true
+        figures = [
+            "" if pd.isna(figure) else f"{figure:,.0f}"
+            for figure in (notional, row.threshold_found, row.threshold_true)
+        ]
+        delay = "" if pd.isna(row.delay_s) else f"{row.delay_s:+.1f}"
+        table.add_row(f"{pd.Timestamp(int(when), unit='ms'):%H:%M:%S}", row.symbol, row.side, row.what, delay, *figures)
+    return table
