@@ -28,6 +28,7 @@ from liqlab.quantiles import Distribution
 from liqlab.settings import Settings, load
 
 _POLL_S: Final = 0.25
+_PAGE: Final = 100  # symbols in one round trip
 _NUMBERS: Final = ("price", "notional", "threshold", "rank", "volume")
 # The cooldown's key is gone when its time is up; signals stay for longer, and still know what was raised before a
 # detector was restarted. An event before the last alert of its side comes too late to be one.
@@ -89,7 +90,7 @@ def table(alerts: Iterable[Alert]) -> pd.DataFrame:
     """Return alerts as a DataFrame with the columns of `Alert`, in time order."""
     rows = pd.DataFrame([asdict(alert) for alert in alerts], columns=list(Alert.__annotations__))
     types = {"ts_ms": np.int64} | dict.fromkeys(_NUMBERS, np.float64)
-    return rows.astype(types).sort_values("ts_ms", kind="stable", ignore_index=True)
+    return rows.astype(types).sort_values(["ts_ms", "symbol", "side"], kind="stable", ignore_index=True)
 
 
 class Detector:
@@ -227,17 +228,19 @@ class Detector:
 
 
 async def signals(redis: Redis, *, settings: Settings | None = None) -> pd.DataFrame:
-    """Return the alerts of all symbols that are still signalled, as `table` does."""
-    settings, family = settings or load(), schema.BY_NAME["signal"]
-    found = []
+    """Return the alerts that are still signalled, of every symbol that the writer has stored, as `table` does."""
+    settings, found = settings or load(), []
     for shard in schema.shards_of(settings):
-        pattern = family.key("*", shard=shard)
-        async for key in redis.scan_iter(match=pattern, count=1_000):
-            symbol = key.decode()[len(pattern) - 1 :]
-            for _, fields in await redis.execute_command("XRANGE", key, "-", "+"):  # type: ignore[no-untyped-call]
-                texts = {name.decode(): value.decode() for name, value in fields.items()}
-                numbers = {name: float(texts[name]) for name in _NUMBERS}
-                found.append(Alert(int(texts["ts_ms"]), symbol, texts["side"], texts["exchange"], **numbers))
+        symbols = (await archive.names_of(redis, shard))[2].symbols
+        for at in range(0, len(symbols), _PAGE):
+            pipe = redis.pipeline(transaction=False)
+            for symbol in symbols[at : at + _PAGE]:
+                pipe.execute_command("XRANGE", schema.BY_NAME["signal"].key(symbol, shard=shard), "-", "+")
+            for symbol, entries in zip(symbols[at : at + _PAGE], await pipe.execute(), strict=True):
+                for _, words in map(archive.as_entry, entries):
+                    texts = {words[i].decode(): words[i + 1].decode() for i in range(0, len(words), 2)}
+                    numbers = {name: float(texts[name]) for name in _NUMBERS}
+                    found.append(Alert(int(texts["ts_ms"]), symbol, texts["side"], texts["exchange"], **numbers))
     return table(found)
 
 

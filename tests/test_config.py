@@ -26,6 +26,7 @@ from liqlab import config, schema
 from liqlab import server as server_module
 from liqlab.breaker import Breaker
 from liqlab.candles import candles
+from liqlab.detector import Detector, signals, table
 from liqlab.sealing import seal
 from liqlab.server import Server, capabilities, connect
 from liqlab.settings import Settings, SettingsError, load
@@ -318,7 +319,7 @@ async def test_the_users_reach_the_keys_of_the_schema_and_no_others(deployed: De
     ids=["shared", "shards", "pipeline", "single"],
 )
 async def test_the_writer_writes_and_the_notebook_reads(deployed: Deployed, sections: dict[str, object]) -> None:
-    settings: Settings = load(**sections)
+    settings: Settings = load(**sections, detector={"percentile": 50.0, "volume_usd": 0.0})
     events = liqlab.synth("quiet", hours=1, seed=3).head(400)
     symbol, end_ms = str(events["symbol"].iloc[-1]), int(events["ts_ms"].iloc[-1])
     script = settings.writer.strategy == "script"
@@ -328,8 +329,8 @@ async def test_the_writer_writes_and_the_notebook_reads(deployed: Deployed, sect
         assert made.counts.written == len(events)
         if script:
             await seal(writer, now_ms=end_ms + 10**7, settings=settings, partial=True)
-        await writer.set("alert:BTCUSDT:buy", 1, nx=True, ex=600)
-        await writer.unlink("alert:BTCUSDT:buy")
+        alerts = await Detector(writer, settings=settings).look(events.tail(100).reset_index(drop=True))
+        assert bool(alerts) == script
         await writer.memory_purge()
         await Breaker(thresholds=settings.thresholds).check(writer)
         assert (await writer.config_get("activedefrag"))["activedefrag"] == "no"
@@ -343,6 +344,7 @@ async def test_the_writer_writes_and_the_notebook_reads(deployed: Deployed, sect
         if script:
             assert (await liqlab.history(notebook, settings=settings)).equals(stored)
             assert len(kept) > 0
+            assert (await signals(notebook, settings=settings)).equals(table(alerts))
         assert not (await liqlab.history(notebook, symbol, settings=settings)).empty
         ends = {"start_ms": end_ms - 10**7, "end_ms": end_ms}
         assert (await candles(notebook, symbol, settings=settings, **ends)).equals(kept)
