@@ -62,10 +62,10 @@ class Ingested:
         Keys that the server itself evicted at maxmemory; more than 0 means that the feed did not fit.
     seconds : float
         Wall time.
-    alerts : pandas.DataFrame
-        What the detector raised, as `liqlab.detector.table`; without rows when there was none.
     timeline : pandas.DataFrame
         Through the feed's time: ts_ms, events (so far), used_memory (bytes), keys.
+    alerts : pandas.DataFrame
+        What the detector raised, as `liqlab.detector.table`; without rows when there was none.
     """
 
     events: int
@@ -76,8 +76,8 @@ class Ingested:
     expired: dict[str, int]
     evicted: int
     seconds: float
-    alerts: pd.DataFrame
     timeline: pd.DataFrame
+    alerts: pd.DataFrame
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers and text, for JSON; without the timeline, and of the alerts how many there are."""
@@ -182,8 +182,8 @@ async def ingest(
         expired=expiry.expired,
         evicted=await _evicted(redis) - evicted,
         seconds=clock.elapsed_s() - began,
-        alerts=alert_table(alerts),
         timeline=pd.DataFrame(timeline),
+        alerts=alert_table(alerts),
     )
 
 

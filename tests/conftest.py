@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -27,6 +28,17 @@ if not BINARIES:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RAN] = set()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Of several processes, each tells the first one what ran on it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["ran"] = sorted(session.config.stash[RAN])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[RAN] |= set(getattr(node, "workeroutput", {}).get("ran", ()))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

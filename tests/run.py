@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 BIN = Path(sys.executable).parent
+WORKERS = ("-n", "2", "--dist", "worksteal")  # tests mostly wait, for servers and for processes
 # pytest's own timeout lies above the cell's, whose message names the cell.
 NOTEBOOKS = (
     "--nbval --nbval-current-env --nbval-cell-timeout 120 --timeout 150 --nbval-sanitize-with tests/nbval-sanitize.cfg"
@@ -90,7 +91,7 @@ def main() -> int:
     stages = []
     for name, work in {
         "lint": lint,
-        "tests": lambda stage: pytest(stage, "tests", "-m", "not browser"),
+        "tests": lambda stage: pytest(stage, "tests", "-m", "not browser", *WORKERS),
         "notebooks": notebooks,
         # On its own: Playwright's event loop and pytest-asyncio's do not share a process.
         "browser": lambda stage: pytest(stage, "tests", "-m", "browser"),

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from liqlab import budget, plots
+from liqlab import budget, detector, plots
 from liqlab.budget import UNATTRIBUTED, Budget
 from liqlab.cleanup import Action
 from liqlab.cleanup.drill import Drilled
@@ -158,7 +158,7 @@ async def test_a_server_without_keys_has_a_treemap(default_redis):
 def played(used: list[int]) -> Ingested:
     times = [T0 + MINUTE_MS * i for i in range(len(used))]
     timeline = pd.DataFrame({"ts_ms": times, "events": range(len(used)), "used_memory": used, "keys": 1})
-    return Ingested(len(used), 0, 0, 0, len(used), {}, 0, 1.0, timeline)
+    return Ingested(len(used), 0, 0, 0, len(used), {}, 0, 1.0, timeline, detector.table([]))
 
 
 def test_memory_over_time_of_a_small_feed_is_not_flattened_by_far_limits():
