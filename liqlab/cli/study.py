@@ -77,7 +77,7 @@ def detect(
         print_json({"alerts": done.found.to_dict("records"), "fidelity": done.as_dict()})
         return
     for row in done.found.tail(_SHOWN).itertuples():
-        screen.print(_sentence(row), markup=False, soft_wrap=True)
+        screen.print(_sentence(row, chosen), markup=False, soft_wrap=True)
     if len(done.found) > _SHOWN:
         screen.print(f"... the last {_SHOWN} of {len(done.found):,}; --json has all")
     shares = {name: "-" if share is None else f"{share:.4f}" for name, share in
@@ -123,7 +123,9 @@ async def _follow(url: str | None, chosen: Settings, method: str, as_json: bool)
         log.print("Looking at what is written; Ctrl-C ends it.")
         async for alerts in detector.follow():
             for alert in alerts:
-                print_json(asdict(alert)) if as_json else screen.print(_sentence(alert), markup=False, soft_wrap=True)
+                print_json(asdict(alert)) if as_json else screen.print(
+                    _sentence(alert, chosen), markup=False, soft_wrap=True
+                )
 
 
 def _on_private(chosen: Settings, run: Callable[[Redis], Coroutine[Any, Any, T]], *, tdigest: bool) -> T:
@@ -143,13 +145,13 @@ def _known(method: str, methods: Iterable[str]) -> None:
         raise typer.BadParameter(f"{method!r} is not one of {', '.join(methods)}", param_hint="--method")
 
 
-def _sentence(alert: Any) -> str:
+def _sentence(alert: Any, chosen: Settings) -> str:
     import pandas as pd
 
     return (
         f"{pd.Timestamp(alert.ts_ms, unit='ms'):%Y-%m-%d %H:%M:%S}  {alert.symbol} {alert.side}"
         f"  {alert.notional:,.0f} USD at {alert.price:.10g}  larger than {100 * alert.rank:.1f} %"
-        f" (threshold {alert.threshold:,.0f}); {alert.volume:,.0f} USD of its side lately"
+        f" (threshold {alert.threshold:,.0f}); {alert.volume:,.0f} USD of its side in {chosen.detector.volume_s / 60:g} min"
     )
 
 
