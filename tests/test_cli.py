@@ -11,8 +11,11 @@ import pytest
 from redis.asyncio import Redis
 from typer.main import get_command
 
+from liqlab import clock
 from liqlab.cli import OVER_BUDGET, app
+from liqlab.events import Event
 from liqlab.server import Server
+from liqlab.writer import Writer
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = str(ROOT / "data" / "normal-6h.jsonl.gz")
@@ -56,7 +59,7 @@ def test_every_command_is_documented_and_shows_an_example() -> None:
         assert f"liqlab {name}" in text.split("Example:")[1], name
 
 
-@pytest.mark.parametrize("name", ["serve", "ingest", "feeds inspect", "synth", "doctor"])
+@pytest.mark.parametrize("name", ["serve", "ingest", "feeds inspect", "synth", "doctor", "quantiles", "detect"])
 def test_the_documented_example_runs(name: str, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "cli.md").read_text().split(f"## liqlab {name}\n")[1]
     _, *words = shlex.split(re.search(r"^\$ (.+)$", text, re.MULTILINE)[1])
@@ -72,6 +75,39 @@ def test_inspect_gives_an_account(feed: str) -> None:
     assert (report["read"], report["accepted"], report["rejected_total"]) == (201, 200, 1)
     assert done.stderr == ""
     assert "200" in liqlab("feeds", "inspect", "--feed", feed).stdout
+
+
+def test_detect_says_what_another_method_would_have_missed() -> None:
+    done = liqlab("detect", SAMPLE, "--method", "topk", "--json")
+    found = json.loads(done.stdout)
+    assert len(found["alerts"]) == found["fidelity"]["same"] + found["fidelity"]["extra"]
+    assert found["fidelity"]["recall"] < 0.95
+    unknown = liqlab("detect", SAMPLE, "--method", "median")
+    assert (unknown.returncode, "logbins" in unknown.stderr) == (2, True)
+
+
+async def test_detect_follows_a_running_server(default_server: Server, default_redis: Redis) -> None:
+    eager = ("--set", "detector.percentile=50", "--set", "detector.volume_usd=1000")
+    command = [sys.executable, "-c", "from liqlab.cli import main; main()", "detect", *eager]
+    environment = {**os.environ, "LIQLAB_REDIS_URL": default_server.url}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            assert "Ctrl-C" in process.stderr.readline()
+            now_ms = clock.now_ms()
+            async with Writer(default_redis) as writer:
+                for i in range(20):
+                    await writer.write(Event(now_ms - 120_000 + i, "okx", "A", "buy", 1.0, 1.0, 1.0))
+                await writer.flush()
+                await writer.write(Event(now_ms, "okx", "B[red]", "sell", 1e6, 1.0, 1e6))  # has no history
+                await writer.write(Event(now_ms, "okx", "A", "sell", 1e6, 1.0, 1e6))
+            assert re.search(r"A sell +1,000,000 USD at 1000000 .*100.0 %", process.stdout.readline())
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 0
 
 
 def test_a_column_map_reads_any_table(tmp_path: Path) -> None:

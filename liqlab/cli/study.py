@@ -29,6 +29,7 @@ from liqlab.cli.options import (
 from liqlab.cli.terminal import log, print_json, progress, screen
 
 if TYPE_CHECKING:
+    import pandas as pd
     from redis.asyncio import Redis
 
     from liqlab.fidelity import Fidelity
@@ -106,7 +107,34 @@ def quantiles(
 
     Example: liqlab quantiles --feed data/normal-6h.jsonl.gz
     """
-    raise NotImplementedError
+    from liqlab import server
+    from liqlab.fidelity import methods_compared
+
+    chosen = chosen_settings(options)
+    recorded = read(paths(feeds, feed), chosen, form, symbol, exchange, columns, unit, tz)
+
+    async def run(client: Redis) -> pd.DataFrame:
+        with progress("quantiles") as step:
+            return await methods_compared(recorded.events, client, settings=chosen, progress=step)
+
+    found = _on_private(chosen, run, tdigest=server.tdigest_module() is not None)
+    if as_json:
+        print_json(found.to_dict("records"))
+        return
+    table = Table(box=None)
+    for name in ("method", "symbol", "events", "off by", "in ranks", "bytes", "query us", ""):
+        table.add_column(name, justify="left" if name in ("method", "symbol", "") else "right", no_wrap=True)
+    for row in found.sort_values(["events", "bytes"], ascending=[False, True], kind="stable").itertuples():
+        table.add_row(
+            str(row.method), str(row.symbol), f"{row.events:,}", f"{row.dollar_error_pct:.2f} %",
+            f"{row.rank_error_points:.2f}", f"{row.bytes:,}", f"{row.query_us:,.0f}", "biased" if row.biased else "",
+        )  # fmt: skip
+    screen.print(table)
+    screen.print(
+        "off by: the worst of p80, p85, p90, p95 and p99 of the last window, in dollars and in percentage points"
+    )
+    if "tdigest" not in set(found["method"]):
+        screen.print("tdigest is left out: the server has no TDIGEST; pip install 'liqlab[tdigest]' (Linux x86-64)")
 
 
 async def _follow(url: str | None, chosen: Settings, method: str, as_json: bool) -> None:
@@ -148,10 +176,11 @@ def _known(method: str, methods: Iterable[str]) -> None:
 def _sentence(alert: Any, chosen: Settings) -> str:
     import pandas as pd
 
+    minutes = chosen.detector.volume_s / 60
     return (
         f"{pd.Timestamp(alert.ts_ms, unit='ms'):%Y-%m-%d %H:%M:%S}  {alert.symbol} {alert.side}"
         f"  {alert.notional:,.0f} USD at {alert.price:.10g}  larger than {100 * alert.rank:.1f} %"
-        f" (threshold {alert.threshold:,.0f}); {alert.volume:,.0f} USD of its side in {chosen.detector.volume_s / 60:g} min"
+        f" (threshold {alert.threshold:,.0f}); {alert.volume:,.0f} USD of its side in {minutes:g} min"
     )
 
 
