@@ -210,9 +210,11 @@ def _candles(events: Columns, keys: _Keys, ttl: dict[str, int | None], shard: in
 def _sketches(events: Columns, keys: _Keys, settings: Settings, shard: int | None) -> list[Any]:
     """Return how many buckets are kept, and keys, buckets and words: how many notionals fall into which bin."""
     family, retention = schema.BY_NAME["sketch"], settings.retention
-    hours = events.ts_ms // (1000 * retention.percentile_bucket_s)
+    width_ms = 1000 * retention.percentile_bucket_s
+    hours = events.ts_ms // width_ms
     bins = log_bins(events.notional)
     order = np.lexsort((bins, hours, events.symbol))
+    ticks = quantiles.ticks(events.ts_ms, width_ms)[order]
     symbol, hours, bins, values = events.symbol[order], hours[order], bins[order], events.notional[order]
     cells = run_starts(symbol, hours, bins)
     words, lengths = quantiles.pack(bins[cells], np.diff(cells, append=len(order)))
@@ -220,12 +222,13 @@ def _sketches(events: Columns, keys: _Keys, settings: Settings, shard: int | Non
     stops = 2 * np.cumsum(lengths)[np.append(buckets[1:], len(cells)) - 1]
     starts = [0, *stops[:-1].tolist()]
     first = cells[buckets]
-    ends = quantiles.ends(np.minimum.reduceat(values, first), np.maximum.reduceat(values, first))
+    least, most = np.minimum.reduceat(values, first), np.maximum.reduceat(values, first)
+    heads = quantiles.heads(least, most, np.minimum.reduceat(ticks, first), np.maximum.reduceat(ticks, first))
     return [
         -(-retention.percentile_window_s // retention.percentile_bucket_s),
         [keys(family.key(events.symbols[code], shard=shard)) for code in symbol[first].tolist()],
         hours[first].tolist(),
-        [end + words[start:stop] for end, start, stop in zip(ends, starts, stops.tolist(), strict=True)],
+        [head + words[start:stop] for head, start, stop in zip(heads, starts, stops.tolist(), strict=True)],
     ]
 
 

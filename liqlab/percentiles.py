@@ -167,20 +167,23 @@ class _SortedSets(_Buckets):
     async def distribution(self, symbol: str, *, end_ms: int, window_s: int | None = None) -> Distribution:
         """Return the distribution of a symbol's trailing window."""
         parts = self._window(symbol, end_ms, window_s)
+        start_ms = end_ms - 1000 * (window_s or self.settings.retention.percentile_window_s)
         pipe = self.redis.pipeline(transaction=False)
         for key in parts:
             pipe.zrange(key, 0, -1, withscores=True)
         values: list[float] = []
         weights: list[float] = []
         for members, part in zip(await pipe.execute(), parts.values(), strict=True):
-            found, weight = self._weighed(members)
+            found, weight = self._weighed(members, part, start_ms, end_ms)
             values += found
-            weights += [weight * part] * len(found)
+            weights += [weight] * len(found)
         return Distribution.of(values, weights)
 
-    def _weighed(self, members: list[tuple[bytes, float]]) -> tuple[list[float], float]:
-        """Return the values of a bucket and what each stands for."""
-        return [score for _, score in members], 1.0
+    @abstractmethod
+    def _weighed(
+        self, members: list[tuple[bytes, float]], part: float, start_ms: int, end_ms: int
+    ) -> tuple[list[float], float]:
+        """Return the values of a bucket, of which the window covers a part, and what each stands for."""
 
 
 class Exact(_SortedSets):
@@ -191,6 +194,12 @@ class Exact(_SortedSets):
     def _commands(self, key: str, events: Columns, rows: Rows) -> Iterator[tuple[Any, ...]]:
         pairs = zip(events.notional.tolist(), events.ts_ms.tolist(), rows.tolist(), strict=True)
         yield "ZADD", key, *(word for value, ms, row in pairs for word in (value, f"{ms}-{row}"))
+
+    def _weighed(
+        self, members: list[tuple[bytes, float]], part: float, start_ms: int, end_ms: int
+    ) -> tuple[list[float], float]:
+        inside = (start_ms < int(member.partition(b"-")[0]) <= end_ms for member, _ in members)
+        return [score for (_, score), counts in zip(members, inside, strict=True) if counts], 1.0
 
 
 class TopK(Exact):
@@ -223,10 +232,12 @@ class Reservoir(_SortedSets):
         yield "ZINCRBY", key, -len(rows), _COUNT
         yield "EVAL", _BOUNDED, 1, key, "ZPOPMAX", SAMPLE + 1, *words
 
-    def _weighed(self, members: list[tuple[bytes, float]]) -> tuple[list[float], float]:
+    def _weighed(
+        self, members: list[tuple[bytes, float]], part: float, start_ms: int, end_ms: int
+    ) -> tuple[list[float], float]:
         count = -sum(score for member, score in members if member == _COUNT.encode())
         values = [float(member.partition(b":")[0]) for member, _ in members if member != _COUNT.encode()]
-        return values, count / max(len(values), 1)
+        return values, part * count / max(len(values), 1)
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

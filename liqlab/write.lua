@@ -181,8 +181,9 @@ for width = 2, #candles, 3 do
   end
 end
 
--- As in liqlab.quantiles: counts of a word, bytes in front of the words. They are folded whenever they grow past FOLD.
-local EACH, ENDS, FOLD = 8, 16, 512
+-- As in liqlab.quantiles: counts of a word, and what is in front of the words. They are folded whenever they grow past
+-- FOLD, and when the next bucket begins.
+local EACH, HEAD, HEAD_BYTES, FOLD = 8, '<ddI2I2', 20, 512
 
 local function fold(field)
   local bins, counts = {}, {}
@@ -215,19 +216,30 @@ ttl, kept, key, bucket, words = unpack(sketches)
 for i = 1, #key do
   local k, field = KEYS[key[i]], words[i]
   local old = call('HGET', k, bucket[i])
-  if old and #old >= ENDS then
-    local least, most = struct.unpack('<dd', field)
-    local old_least, old_most = struct.unpack('<dd', old)
-    local counts = string.sub(old, ENDS + 1) .. string.sub(field, ENDS + 1)
-    if math.floor(#counts / FOLD) > math.floor((#old - ENDS) / FOLD) then counts = fold(counts) end
-    field = struct.pack('<dd', math.min(least, old_least), math.max(most, old_most)) .. counts
+  if old and #old >= HEAD_BYTES then
+    local least, most, first, last = struct.unpack(HEAD, field)
+    local old_least, old_most, old_first, old_last = struct.unpack(HEAD, old)
+    local counts = string.sub(old, HEAD_BYTES + 1) .. string.sub(field, HEAD_BYTES + 1)
+    if math.floor(#counts / FOLD) > math.floor((#old - HEAD_BYTES) / FOLD) then counts = fold(counts) end
+    field = struct.pack(HEAD, math.min(least, old_least), math.max(most, old_most), math.min(first, old_first),
+                        math.max(last, old_last)) .. counts
   end
   if call('HSET', k, bucket[i], field) == 1 then -- a new bucket may push out the oldest
     local all = call('HKEYS', k)
-    local newest = 0
-    for _, at in ipairs(all) do newest = math.max(newest, tonumber(at)) end
+    local newest, before = 0, -1
+    for _, at in ipairs(all) do
+      newest = math.max(newest, tonumber(at))
+      if tonumber(at) < tonumber(bucket[i]) then before = math.max(before, tonumber(at)) end
+    end
     for _, at in ipairs(all) do
       if tonumber(at) < newest - kept then call('HDEL', k, at) end
+    end
+    local over = before >= 0 and call('HGET', k, format('%.0f', before))
+    if over and #over > HEAD_BYTES + 2 then
+      local counts = fold(string.sub(over, HEAD_BYTES + 1))
+      if HEAD_BYTES + #counts < #over then
+        call('HSET', k, format('%.0f', before), string.sub(over, 1, HEAD_BYTES) .. counts)
+      end
     end
   end
   call('EXPIRE', k, ttl)

@@ -263,7 +263,7 @@ def test_alerts_less_than_a_cooldown_apart_are_the_same() -> None:
 # Killed
 
 
-KILLED = {"detector": {"percentile": 50.0, "volume_usd": 0.0}, "retention": {"cooldown_s": 2}}
+KILLED = {"detector": {"percentile": 50.0, "volume_usd": 0.0, "refresh_s": 1}, "retention": {"cooldown_s": 2}}
 SYMBOLS = [f"S{i}" for i in range(12)]
 
 

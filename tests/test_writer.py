@@ -118,13 +118,15 @@ async def test_the_originals_way_of_writing_stores_the_same(redis: Redis, strate
     assert sum(counts) == 350
 
 
-async def test_batches_are_bounded_in_bytes(default_redis: Redis) -> None:
+async def test_batches_are_bounded_in_bytes(fresh_server: Callable[..., Server]) -> None:
     events = sample(20_000, symbols=500)
-    writer = Writer(default_redis, settings=settings.load(writer={"batch_bytes": 64 << 10, "bulk_events": 20_000}))
-    await writer.write_table(events)
-    assert writer.counts.batches >= 16
-    assert (await default_redis.info("clients"))["client_recent_max_input_buffer"] < 200 << 10
-    pd.testing.assert_frame_equal(await stored(default_redis), plain(events), check_dtype=False)
+    # A server that remembers no other test's buffers.
+    async with fresh_server().connect() as redis:
+        writer = Writer(redis, settings=settings.load(writer={"batch_bytes": 64 << 10, "bulk_events": 20_000}))
+        await writer.write_table(events)
+        assert writer.counts.batches >= 16
+        assert (await redis.info("clients"))["client_recent_max_input_buffer"] < 200 << 10
+        pd.testing.assert_frame_equal(await stored(redis), plain(events), check_dtype=False)
 
 
 async def test_two_writers_that_number_the_same_names_do_not_mix_them_up(default_redis: Redis) -> None:

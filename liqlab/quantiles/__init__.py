@@ -1,16 +1,15 @@
 """Percentiles of notionals over a trailing window, of one symbol or of all.
 
 The default keeps, in one hash a symbol and one field an hour (`sketch:SYMBOL`), how many notionals fall into each of a
-row of log-spaced bins. A quiet symbol pays for one key, not for 24. A field is the least and the largest notional, and
-then 16-bit words, each a bin and up to eight counts; words of the same bin add up. A batch of the writer appends its
-own, and write.lua folds them together from time to time.
+row of log-spaced bins. A quiet symbol pays for one key, not for 24. A field is the least and the largest notional, when
+the first and the last came, and then 16-bit words, each a bin and up to eight counts; words of the same bin add up. A
+batch of the writer appends its own, and write.lua folds them together from time to time, and when the hour is over.
 
 `liqlab.percentiles` has the other ways, to be compared with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,7 +23,8 @@ from liqlab.settings import Settings, load
 ACCURACY: Final = 0.01  # relative, of the value that stands for a bin
 _LOG_GAMMA: Final = float(np.log((1 + ACCURACY) / (1 - ACCURACY)))
 _EACH: Final = 8  # counts of a word, in its low three bits; write.lua has the same
-_ENDS: Final = np.dtype([("least", "<f8"), ("most", "<f8")])
+HEAD: Final = np.dtype([("least", "<f8"), ("most", "<f8"), ("first", "<u2"), ("last", "<u2")])
+_TICKS: Final = 1 << 16  # of a bucket: 55 ms of an hour
 _MIDDLE: Final = 1 << 12  # the bin of 1 USD among the 8,192 that the other bits name: 1e-35 to 1e35 USD
 _MANY: Final = 8  # values of a bin from which on they are taken as spread over it
 _PAGE: Final = 500
@@ -63,12 +63,17 @@ def pack(bins: Ints, counts: Ints) -> tuple[bytes, Ints]:
     return ((np.repeat(bins + _MIDDLE, words) * _EACH) + each - 1).astype("<u2").tobytes(), words
 
 
-def ends(least: Floats, most: Floats) -> list[bytes]:
-    """Return what fields begin with: the least and the largest value of each."""
-    both = np.empty(len(least), _ENDS)
-    both["least"], both["most"] = least, most
-    text = both.tobytes()
-    return [text[at : at + _ENDS.itemsize] for at in range(0, len(text), _ENDS.itemsize)]
+def ticks(ts_ms: Ints, bucket_ms: int) -> Ints:
+    """Return when in their buckets times are, in 1/65,536 of a bucket."""
+    return ts_ms % bucket_ms * _TICKS // bucket_ms
+
+
+def heads(least: Floats, most: Floats, first: Ints, last: Ints) -> list[bytes]:
+    """Return what fields begin with: of each, the least and the largest value, and the first and the last tick."""
+    found = np.empty(len(least), HEAD)
+    found["least"], found["most"], found["first"], found["last"] = least, most, first, last
+    text = found.tobytes()
+    return [text[at : at + HEAD.itemsize] for at in range(0, len(text), HEAD.itemsize)]
 
 
 def unpack(field: bytes) -> tuple[Ints, Ints]:
@@ -79,7 +84,7 @@ def unpack(field: bytes) -> tuple[Ints, Ints]:
     ValueError
         It is no field of a sketch.
     """
-    words = np.frombuffer(field, "<u2", offset=_ENDS.itemsize).astype(np.int64)
+    words = np.frombuffer(field, "<u2", offset=HEAD.itemsize).astype(np.int64)
     bins, place = np.unique(words // _EACH - _MIDDLE, return_inverse=True)
     return bins, np.bincount(place, words % _EACH + 1, len(bins)).astype(np.int64)
 
@@ -185,8 +190,8 @@ async def distribution(
     end_ms : int
         Where the window ends, ms since the epoch, UTC.
     window_s : int, optional
-        Its length; `retention.percentile_window_s` when absent, which is also the most that is kept. Of the bucket that
-        it begins in, the part that it covers is counted.
+        Its length; `retention.percentile_window_s` when absent, which is also the most that is kept. Where it covers a
+        part of a bucket, notionals count as spread evenly between the first and the last that came in it.
     settings : Settings, optional
         `retention` and `shards`; `liqlab.settings.load()` when absent.
     """
@@ -196,15 +201,16 @@ async def distribution(
         keys = [key async for key in redis.scan_iter(match="sketch:*", count=_SCANNED)]
     else:
         keys = [family.key(symbol, shard=schema.shard_of(symbol, settings.shards)).encode()]
-    parts = window_parts(end_ms, 1000 * (window_s or settings.retention.percentile_window_s), bucket_ms)
-    fields: list[tuple[bytes, float]] = []
+    start_ms = end_ms - 1000 * (window_s or settings.retention.percentile_window_s)
+    buckets = range(start_ms // bucket_ms, end_ms // bucket_ms + 1)
+    fields: list[tuple[bytes, int]] = []
     for start in range(0, len(keys), _PAGE):
         pipe = redis.pipeline(transaction=False)
         for key in keys[start : start + _PAGE]:
-            pipe.hmget(key, list(parts))
+            pipe.hmget(key, list(buckets))
         for found in await pipe.execute():
-            fields += [(field, part) for field, part in zip(found, parts.values(), strict=True) if field]
-    return _merged(fields)
+            fields += [(field, bucket) for field, bucket in zip(found, buckets, strict=True) if field]
+    return _merged(fields, start_ms, end_ms, bucket_ms)
 
 
 def window_parts(end_ms: int, window_ms: int, bucket_ms: int) -> dict[int, float]:
@@ -214,22 +220,21 @@ def window_parts(end_ms: int, window_ms: int, bucket_ms: int) -> dict[int, float
     return {at: min(1.0, ((at + 1) * bucket_ms - first_ms) / bucket_ms) for at in range(first, last + 1)}
 
 
-def _merged(fields: Iterable[tuple[bytes, float]]) -> Distribution:
-    """Add fields up, each with its weight; the order does not matter."""
-    words: list[NDArray[np.uint16]] = []
-    weights: list[float] = []
-    least, most = np.inf, -np.inf
-    for field, weight in fields:
-        if weight <= 0:
-            continue
-        words.append(np.frombuffer(field, "<u2", offset=_ENDS.itemsize))
-        weights.append(weight)
-        end = np.frombuffer(field, _ENDS, count=1)[0]
-        least, most = min(least, float(end["least"])), max(most, float(end["most"]))
-    if not words:
+def _merged(fields: list[tuple[bytes, int]], start_ms: int, end_ms: int, bucket_ms: int) -> Distribution:
+    """Add up fields, each with its bucket, as far as what they count came after `start_ms` and up to `end_ms`."""
+    head = np.frombuffer(b"".join(field[: HEAD.itemsize] for field, _ in fields), HEAD)
+    begin_ms = np.array([bucket for _, bucket in fields], np.float64) * bucket_ms
+    low = np.floor((start_ms + 1 - begin_ms) * _TICKS / bucket_ms)
+    high = np.ceil((end_ms + 1 - begin_ms) * _TICKS / bucket_ms)
+    first, last = head["first"].astype(np.float64), head["last"] + 1.0
+    part = np.clip((np.minimum(last, high) - np.maximum(first, low)) / (last - first), 0, 1)
+    inside = np.flatnonzero(part).tolist()
+    if not inside:
         return Distribution.of([])
+    least, most = float(head["least"][inside].min()), float(head["most"][inside].max())
+    words = [np.frombuffer(fields[at][0], "<u2", offset=HEAD.itemsize) for at in inside]
     every = np.concatenate(words).astype(np.int64)
-    each = np.repeat(weights, list(map(len, words))) * (every % _EACH + 1)
+    each = np.repeat(part[inside], list(map(len, words))) * (every % _EACH + 1)
     bins, place = np.unique(every // _EACH - _MIDDLE, return_inverse=True)
     low, high = np.exp((bins - 1) * _LOG_GAMMA), np.exp(bins * _LOG_GAMMA)
     return Distribution(low, high, np.bincount(place, each, len(bins)).astype(np.float64), least, most)
