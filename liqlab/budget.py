@@ -7,7 +7,6 @@ from the sources named there; tests/test_budget.py holds every family to within 
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError
 
 from liqlab import clock, schema
-from liqlab.server import Capabilities, capabilities
+from liqlab.server import Capabilities, capabilities, checkpoint
 from liqlab.settings import Settings, load
 
 Progress = Callable[[int, int], None]
@@ -260,13 +259,6 @@ def _gone(reply: object) -> bool:
 
 def _usage(key: bytes) -> tuple[str | bytes | int, ...]:
     return "MEMORY", "USAGE", key, "SAMPLES", _SAMPLES
-
-
-def checkpoint() -> None:
-    """Be cancelled here, if cancelled at all: Python 3.11's wait_for, which redis-py calls, may swallow it."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
 
 
 class _Corrections:

@@ -25,6 +25,7 @@ from liqlab import archive, clock, schema
 from liqlab.events import SIDES, Columns, check, run_starts
 from liqlab.percentiles import LogBins, Method, Unlimited
 from liqlab.quantiles import Distribution
+from liqlab.server import checkpoint
 from liqlab.settings import Settings, load
 
 _POLL_S: Final = 0.25
@@ -176,6 +177,7 @@ class Detector:
             events = await archive.tail(self.redis, after, start_ms=start_ms, settings=self.settings)
             if alerts := await self.look(events):
                 yield alerts
+            checkpoint()
             await asyncio.sleep(0 if len(events) else _POLL_S)
 
     async def _volumes(self, events: Columns) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ Nothing here writes a key, flushes a database, or changes the configuration of a
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import importlib.util
 import os
@@ -322,6 +323,13 @@ def connect(url: str | None = None, *, settings: Settings | None = None, **kw: A
 def redact(text: str) -> str:
     """Return `text` with the password of every Redis or Valkey URL in it replaced by ``***``."""
     return _IN_QUERY.sub(r"\1***", _IN_AUTHORITY.sub(lambda match: f"{match[1]}{match[2] or ''}***@", text))
+
+
+def checkpoint() -> None:
+    """Be cancelled here, if cancelled at all: Python 3.11's wait_for, which redis-py calls, may swallow it."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 async def capabilities(redis: Redis, *, may_configure: bool = False) -> Capabilities:

@@ -19,8 +19,8 @@ from redis.asyncio.lock import Lock
 from redis.exceptions import LockError, RedisError
 
 from liqlab import clock, schema
-from liqlab.budget import checkpoint
 from liqlab.cleanup import Action, Cleaner
+from liqlab.server import checkpoint
 
 JOBS: Final = ("trim", "check", "compact", "daily")  # methods of Cleaner; `cleanup.NAME_s` is how often each runs
 _RENEWALS: Final = 3  # within the life of the lock
