@@ -182,8 +182,8 @@ for width = 2, #candles, 3 do
 end
 
 -- As in liqlab.quantiles: counts of a word, and what is in front of the words. They are folded whenever they grow past
--- FOLD, and when the next bucket begins.
-local EACH, HEAD, HEAD_BYTES, FOLD = 8, '<ddI2I2', 20, 512
+-- FOLD, and when the next bucket begins, unless there are so FEW that it would hardly free anything.
+local EACH, HEAD, HEAD_BYTES, FOLD, FEW = 8, '<ddI2I2', 20, 512, 64
 
 local function fold(field)
   local bins, counts = {}, {}
@@ -235,7 +235,7 @@ for i = 1, #key do
       if tonumber(at) < newest - kept then call('HDEL', k, at) end
     end
     local over = before >= 0 and call('HGET', k, format('%.0f', before))
-    if over and #over > HEAD_BYTES + 2 then
+    if over and #over > HEAD_BYTES + FEW then
       local counts = fold(string.sub(over, HEAD_BYTES + 1))
       if HEAD_BYTES + #counts < #over then
         call('HSET', k, format('%.0f', before), string.sub(over, 1, HEAD_BYTES) .. counts)
