@@ -120,6 +120,10 @@ class LogBins(Method):
 class _Buckets(Method):
     """A key a symbol and bucket of time."""
 
+    def __init__(self, redis: Redis, *, settings: Settings | None = None) -> None:
+        super().__init__(redis, settings=settings)
+        self._added = 0  # events, of earlier calls
+
     async def add(self, events: Columns) -> None:
         """Add the notionals of events, in time order."""
         pipe = self.redis.pipeline(transaction=False)
@@ -131,6 +135,7 @@ class _Buckets(Method):
             if len(pipe.command_stack) >= _PAGE:
                 await pipe.execute()
         await pipe.execute()
+        self._added += len(events)
 
     async def memory(self, symbol: str) -> int:
         """Return the bytes of what is kept of a symbol, by MEMORY USAGE."""
@@ -192,7 +197,8 @@ class Exact(_SortedSets):
     name = "exact"
 
     def _commands(self, key: str, events: Columns, rows: Rows) -> Iterator[tuple[Any, ...]]:
-        pairs = zip(events.notional.tolist(), events.ts_ms.tolist(), rows.tolist(), strict=True)
+        # The original's member, the time alone, lets the later of two events of a second overwrite the earlier one.
+        pairs = zip(events.notional.tolist(), events.ts_ms.tolist(), (rows + self._added).tolist(), strict=True)
         yield "ZADD", key, *(word for value, ms, row in pairs for word in (value, f"{ms}-{row}"))
 
     def _weighed(
@@ -271,7 +277,7 @@ class TDigest(_Buckets):
         return (await self._ask("TDIGEST.QUANTILE", symbol, qs, end_ms, window_s))[0]
 
     async def rank(self, symbol: str, values: ArrayLike, *, end_ms: int, window_s: int | None = None) -> Floats:
-        """Return TDIGEST.CDF of a symbol's trailing window."""
+        """Return TDIGEST.CDF of a symbol's trailing window, which counts half of the notionals that equal a value."""
         return (await self._ask("TDIGEST.CDF", symbol, values, end_ms, window_s))[0]
 
     async def _ask(
@@ -290,11 +296,15 @@ class TDigest(_Buckets):
         pipe.execute_command("TDIGEST.MERGE", merged, len(there), *there, "COMPRESSION", COMPRESSION)
         pipe.execute_command(command, merged, *asked.ravel().tolist())
         pipe.execute_command("TDIGEST.INFO", merged)
+        pipe.execute_command("TDIGEST.MIN", merged)
         pipe.unlink(merged)
-        _, answers, info, _ = await pipe.execute()
+        _, answers, info, least, _ = await pipe.execute()
         fields = info if isinstance(info, dict) else dict(zip(info[::2], info[1::2], strict=True))
         count = float(fields[b"Merged weight"]) + float(fields[b"Unmerged weight"])
-        return np.array(answers, np.float64).reshape(asked.shape), count
+        known = np.array(answers, np.float64).reshape(asked.shape)
+        # Of one value, and below many equal ones, the module (2.8) has no answer but NaN.
+        instead = float(least) if command == "TDIGEST.QUANTILE" else (asked >= float(least)).astype(np.float64)
+        return np.where(np.isnan(known), instead, known), count
 
 
 class Unlimited(Method):

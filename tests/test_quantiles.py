@@ -1,6 +1,8 @@
 """Percentiles against exact ones, on distributions that break estimators and on real notionals."""
 
 import math
+from collections.abc import AsyncIterator, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,9 @@ from redis.asyncio import Redis
 
 from liqlab import clock, quantiles, read_feed, settings, synth
 from liqlab.events import Columns, event_table
-from liqlab.percentiles import METHODS, SAMPLE, Exact, LogBins, Reservoir, TopK
+from liqlab.percentiles import COMPRESSION, METHODS, SAMPLE, TOP, Exact, LogBins, Method, Reservoir, TopK
 from liqlab.quantiles import ACCURACY, Distribution, distribution, log_bins
+from liqlab.server import Server, serve, tdigest_module
 from liqlab.writer import Writer
 
 HOUR, DAY = clock.HOUR_MS, clock.DAY_MS
@@ -233,3 +236,225 @@ async def test_a_sketch_is_small_for_busy_and_for_quiet_symbols(default_redis: R
     await Writer(default_redis).write_table(slow)
     assert await quantiles.memory(default_redis, "BUSY") <= 20_480
     assert await quantiles.memory(default_redis, "QUIET") < 1_024
+
+
+# Every method
+
+
+@pytest.fixture(scope="module")
+def tdigest_server() -> Iterator[Server]:
+    if tdigest_module() is None:
+        pytest.skip("this machine has no TDIGEST; pip install 'liqlab[tdigest]' (Linux x86-64)")
+    with serve(tdigest=True) as running:
+        yield running
+
+
+@pytest.fixture
+def able(request: pytest.FixtureRequest, name: str) -> Server:
+    """A server that can run the method of that name."""
+    server: Server = request.getfixturevalue("tdigest_server" if name == "tdigest" else "default_server")
+    return server
+
+
+@pytest.fixture
+async def method(able: Server, name: str) -> AsyncIterator[Method]:
+    """The method of that name, on an empty server."""
+    async with able.connect() as client:
+        await client.flushall()
+        yield METHODS[name](client)
+
+
+every = pytest.mark.parametrize("name", METHODS)
+# The two that know when each value came, so that a window may begin and end at any ms.
+BY_MS = ("exact", "unlimited")
+ADVERSARIES = [*adversaries(), "recorded"]
+
+
+@cache
+def recorded() -> np.ndarray:
+    if not RECORDING.exists():
+        pytest.skip("the recorded feeds are not on this machine")
+    return read_feed(RECORDING).events["notional"].to_numpy()
+
+
+def timed(times: list[int] | np.ndarray, values: list[float] | np.ndarray, *, symbol: str = "A") -> Columns:
+    """Return events that came so many ms after T0."""
+    return Columns.of(events_of(np.array(values, float), symbol=symbol).assign(ts_ms=T0 + np.array(times)))
+
+
+def ranks_off(values: np.ndarray, got: np.ndarray, qs: list[float]) -> np.ndarray:
+    """Return how far each q is from all ranks that its answer can be said to have: with ties it has many."""
+    below, at = ((values < got[:, None]).mean(axis=1), (values <= got[:, None]).mean(axis=1))
+    return np.maximum(0, np.maximum(below - qs, qs - at))
+
+
+def cluster(qs: np.ndarray | list[float], n: int) -> np.ndarray:
+    """Return the part of n values that the t-digest's cluster at q holds at most, and one value.
+
+    The server merges up to w = n q (1 - q) 2 pi ln(n) / compression (t-digest-c, td_compress).
+    """
+    q = np.array(qs)
+    return q * (1 - q) * 2 * np.pi * np.log(n) / COMPRESSION + 1 / n
+
+
+@pytest.mark.parametrize("values", ADVERSARIES)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "logbins"])
+async def test_methods_keep_their_promises(method: Method, name: str, values: str) -> None:
+    given = recorded() if values == "recorded" else adversaries()[values]
+    events = Columns.of(events_of(given, hours=8))
+    for part in np.array_split(np.arange(len(given)), 5):
+        await method.add(events.rows(part))
+    got = await method.quantiles("A", QS, end_ms=T0 + 8 * HOUR - 1)
+    assert (np.diff(got) >= 0).all()
+    assert ((got >= given.min()) & (got <= given.max())).all()
+    kept = await method.distribution("A", end_ms=T0 + 8 * HOUR - 1)
+    assert kept.count == (8 * TOP if name == "topk" else pytest.approx(len(given)))
+    if name != "tdigest":
+        assert set(got) <= set(given)
+    if name in BY_MS:
+        assert got.tolist() == exact(given, QS).tolist()
+    elif name == "topk":
+        hours = np.split(given, np.searchsorted(events.ts_ms, T0 + HOUR * np.arange(1, 8)))
+        assert kept.low.tolist() == sorted(np.concatenate([np.sort(hour)[-TOP:] for hour in hours]))
+    elif name == "reservoir":
+        # Dvoretzky, Kiefer and Wolfowitz 1956, with Massart's constant: a uniform sample of m is nowhere further off
+        # than this, but for one in a thousand; by hours it is no worse. Which sample it is does not change.
+        m = 8 * SAMPLE
+        assert ranks_off(given, got, QS).max() <= math.sqrt(math.log(2 / 0.001) / (2 * m))
+    elif name == "tdigest":
+        assert (ranks_off(given, got, QS) <= cluster(QS, len(given))).all()
+
+
+async def test_log_bins_keep_their_promise_on_recorded_notionals(default_redis: Redis) -> None:
+    method = LogBins(default_redis)
+    await method.add(Columns.of(events_of(recorded())))
+    got = await method.quantiles("A", QS, end_ms=T0 + DAY - 1)
+    assert (np.abs(got / exact(recorded(), QS) - 1) <= 2.03 * ACCURACY).all()
+    assert (np.diff(got) >= 0).all()
+
+
+@every
+async def test_what_never_came_has_no_quantiles(method: Method) -> None:
+    for symbol in ("A", "B"):
+        for end_ms in (T0 - 1, T0 + 3 * DAY):
+            assert np.isnan(await method.quantiles(symbol, [0.0, 0.5, 1.0], end_ms=end_ms)).tolist() == [True] * 3
+            assert np.isnan(await method.rank(symbol, [1.0, 2.0], end_ms=end_ms)).tolist() == [True] * 2
+            assert (await method.distribution(symbol, end_ms=end_ms)).count == 0
+        # The second time there is something, of another symbol and at another time.
+        await method.add(timed([0, HOUR], [1.0, 2.0]))
+    assert await method.memory("B") == 0
+    assert await method.memory("A") > 0
+
+
+@every
+async def test_of_one_value_all_quantiles_are_it(method: Method) -> None:
+    await method.add(timed([HOUR // 3], [123.456]))
+    assert (await method.quantiles("A", QS, end_ms=T0 + HOUR - 1)).tolist() == [123.456] * len(QS)
+    assert (await method.rank("A", [123.0, 124.0], end_ms=T0 + HOUR - 1)).tolist() == [0, 1]
+
+
+@every
+async def test_an_hour_is_from_its_first_ms_to_its_last(method: Method, name: str) -> None:
+    await method.add(timed([HOUR - 1, HOUR, 2 * HOUR - 1, 2 * HOUR], [1.0, 10.0, 100.0, 1_000.0]))
+    end_ms = T0 + 2 * HOUR - 1
+    found = await method.distribution("A", end_ms=end_ms, window_s=3_600)
+    assert found.count == pytest.approx(2, abs=1e-6)
+    got = await method.quantiles("A", [0.25, 0.9], end_ms=end_ms, window_s=3_600)
+    assert got == pytest.approx([10, 100], rel=ACCURACY)
+    if name in BY_MS:
+        # A ms later its first one is out and the next hour's is in; the end belongs to the window, the start does not.
+        got = await method.quantiles("A", [0.0, 1.0], end_ms=end_ms + 1, window_s=3_600)
+        assert got.tolist() == [100, 1_000]
+
+
+@every
+async def test_a_shorter_window_has_the_later_hours_only(method: Method) -> None:
+    values = (2.0 ** np.arange(24)[:, None] * np.linspace(1, 1.001, 20)).ravel()
+    await method.add(timed(HOUR // 20 * np.arange(24 * 20), values))
+    for hours in (1, 6, 23, 24):
+        found = {"end_ms": T0 + DAY - 1, "window_s": 3_600 * hours}
+        # All that a bin holds is within twice the accuracy, to the first order.
+        got = await method.quantiles("A", [0.001, 1.0], **found)
+        assert got == pytest.approx([2.0 ** (24 - hours), 2.0**23], rel=2.03 * ACCURACY)
+        assert (await method.distribution("A", **found)).count == pytest.approx(20 * hours, abs=1e-3)
+        rank = (await method.rank("A", [2.0**22.5], **found))[0]
+        assert rank == pytest.approx(1 - 1 / hours, abs=cluster([1 - 1 / hours], 20 * hours)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "window_s", "expected"),
+    [
+        ("unlimited", 5_400, 150),
+        ("exact", 5_400, 150),
+        ("reservoir", 5_400, 150),
+        ("reservoir", 4_500, 125),
+        ("tdigest", 5_399, 100),  # less than half of the first hour: nothing of it
+        ("tdigest", 5_400, 200),  # half of it, which stands for all
+    ],
+)
+async def test_methods_take_a_part_of_the_first_hour(method: Method, name: str, window_s: int, expected: int) -> None:
+    await method.add(timed(36_000 * np.arange(200), [*np.linspace(9, 10, 100), *np.linspace(1_000, 1_001, 100)]))
+    end_ms = T0 + 2 * HOUR - 1
+    assert (await method.distribution("A", end_ms=end_ms, window_s=window_s)).count == pytest.approx(expected, abs=1e-3)
+    true = 1 - 100 / expected
+    rank = (await method.rank("A", [20.0], end_ms=end_ms, window_s=window_s))[0]
+    assert rank == pytest.approx(true, abs=cluster([true], expected)[0] if name == "tdigest" else 1e-3)
+
+
+@every
+async def test_busy_hours_weigh_what_they_have_seen(method: Method, name: str) -> None:
+    times = np.concatenate([1_000 * np.arange(3_600), HOUR + 36_000 * np.arange(100)])
+    await method.add(timed(times, [*np.linspace(9, 10, 3_600), *np.linspace(1_000, 1_001, 100)]))
+    true = 0.5 if name == "topk" else 3_600 / 3_700
+    rank = (await method.rank("A", [20.0], end_ms=T0 + 2 * HOUR - 1))[0]
+    assert rank == pytest.approx(true, abs=cluster([true], 3_700)[0] if name == "tdigest" else 1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "tdigest"])
+async def test_batches_come_in_any_order(method: Method) -> None:
+    events = Columns.of(events_of(clock.generator(8).lognormal(8, 2, 6_000)))
+    batches = np.split(np.arange(len(events)), np.searchsorted(events.ts_ms, T0 + HOUR * np.arange(1, 24)))
+    shuffled = clock.generator(9).permutation(len(batches))
+    found = []
+    for order in (range(len(batches)), shuffled):
+        symbol = f"S{len(found)}"
+        for at in order:
+            await method.add(timed(events.ts_ms[batches[at]] - T0, events.notional[batches[at]], symbol=symbol))
+        found.append(await method.distribution(symbol, end_ms=T0 + DAY - 1))
+    first, second = found
+    for column in ("low", "high", "weight"):
+        assert np.array_equal(getattr(first, column), getattr(second, column)), column
+    assert (first.least, first.most) == (second.least, second.most)
+
+
+@pytest.mark.parametrize("name", ["tdigest"])
+async def test_a_digest_of_equal_values_has_all_quantiles(method: Method) -> None:
+    await method.add(timed(18_000 * np.arange(200), np.repeat([1.0, 2.0], 100)))
+    got = await method.quantiles("A", QS, end_ms=T0 + HOUR - 1)
+    assert (np.diff(got) >= 0).all()
+    assert (got[0], got[-1]) == (1, 2)
+
+
+@every
+async def test_events_of_one_ms_count_in_whatever_batches_they_come(method: Method) -> None:
+    for value in (1.0, 2.0, 4.0):
+        await method.add(timed([HOUR // 3], [value]))
+    assert (await method.distribution("A", end_ms=T0 + HOUR - 1)).count == pytest.approx(3)
+
+
+@pytest.mark.parametrize("name", ["tdigest"])
+async def test_the_rank_in_a_digest_is_its_cdf(method: Method) -> None:
+    values = clock.generator(10).lognormal(8, 2, N)
+    asked = exact(values, QS)
+    await method.add(Columns.of(events_of(values, symbol="HOUR", hours=1)))
+    # Nothing is merged with one bucket, so the server's answers of that key are those of the window.
+    key = f"size:HOUR:{T0 // HOUR}"
+    theirs = await method.redis.execute_command("TDIGEST.CDF", key, *asked.tolist())
+    assert await method.rank("HOUR", asked, end_ms=T0 + HOUR - 1) == pytest.approx(np.array(theirs), abs=1e-9)
+
+    await method.add(Columns.of(events_of(values, symbol="DAY")))
+    ranks = await method.rank("DAY", asked, end_ms=T0 + DAY - 1)
+    assert (np.diff(ranks) > 0).all()
+    assert (np.abs(ranks - [(values <= value).mean() for value in asked]) <= cluster(QS, N)).all()
+    assert (await method.rank("DAY", [values.min() / 2, values.max() * 2], end_ms=T0 + DAY - 1)).tolist() == [0, 1]
+    assert not [key async for key in method.redis.scan_iter(match="temp:*")]  # what was merged is gone
