@@ -21,7 +21,7 @@ from liqlab.quantiles import Distribution, Floats
 from liqlab.settings import Journal, Settings, load
 from liqlab.writer import Writer
 
-# One by one: a sorted set that has had 129 members for a moment stays a skiplist, of ten times the bytes.
+# One by one: a sorted set that has had 129 members for a moment stays a skiplist, of twice the bytes.
 _BOUNDED: Final = """
 for i = 3, #ARGV, 2 do
   redis.call('ZADD', KEYS[1], ARGV[i], ARGV[i + 1])
@@ -38,7 +38,7 @@ _ADDED: Final = 1_000  # values in one call of a script, which has room for abou
 _HALF: Final = 0.5
 _LEVELS: Final = np.arange(1, 1_001) / 1_000
 TOP: Final = 100  # the original's bucket size
-SAMPLE: Final = 126  # with the counter 127 members: from 129 on a sorted set takes ten times as much
+SAMPLE: Final = 126  # with the counter 127 members: from 129 on a sorted set takes more than twice as much
 COMPRESSION: Final = 100  # of a t-digest, 9.8 KB
 _COUNT: Final = "n"  # the member of a reservoir that counts: its score is below all priorities, so it stays
 

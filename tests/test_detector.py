@@ -14,8 +14,8 @@ from redis.asyncio import Redis
 from liqlab import clock, quantiles, settings, synth
 from liqlab.archive import history, tail
 from liqlab.detector import Alert, Detector, backtest, signals, table
-from liqlab.events import Columns, Event, event_table
-from liqlab.fidelity import compare, fidelity
+from liqlab.events import Columns, Event, EventError, event_table
+from liqlab.fidelity import compare, fidelity, methods_compared
 from liqlab.replay import ingest
 from liqlab.server import Server, connect
 from liqlab.writer import Writer
@@ -239,6 +239,22 @@ async def test_a_biased_method_misses_alerts_and_the_differing_ones_are_named(de
     assert set(zip(missed["ts_ms_true"], missed["symbol"], strict=True)) <= set(
         zip(found.true["ts_ms"], found.true["symbol"], strict=True)
     )
+
+
+async def test_methods_are_compared_on_the_symbols_of_the_feed(default_redis: Redis) -> None:
+    events = synth("normal", hours=1, seed=1, symbols=6)
+    steps: list[tuple[int, int]] = []
+    found = await methods_compared(
+        events, default_redis, methods=["logbins", "exact"], progress=lambda done, total: steps.append((done, total))
+    )
+    busiest = events["symbol"].value_counts().index[0]
+    assert found["symbol"].iloc[0] == busiest
+    assert set(found["method"]) == {"logbins", "exact"}
+    assert (found.loc[found["method"] == "exact", "dollar_error_pct"] == 0).all()
+    assert steps[-1][0] == steps[-1][1]
+    assert await default_redis.keys("size:*") == await default_redis.keys("sketch:*") == []
+    with pytest.raises(EventError, match="no events of NOBODY"):
+        await methods_compared(events, default_redis, symbols=["NOBODY"])
 
 
 def test_alerts_less_than_a_cooldown_apart_are_the_same() -> None:

@@ -13,6 +13,8 @@ from liqlab.clock import DAY_MS, HOUR_MS, MINUTE_MS
 from liqlab.codecs.compare import compare
 from liqlab.events import empty, event_table
 from liqlab.feeds.synth import synth
+from liqlab.fidelity import Fidelity, methods_compared
+from liqlab.fidelity import compare as compare_alerts
 from liqlab.replay import Ingested, ingest
 from liqlab.settings import Thresholds, load
 
@@ -343,6 +345,95 @@ def test_a_drill_without_cleanup_is_drawn_too():
     assert [shape.y0 for shape in figure.layout.shapes] == [50, 85, 90, 95]
 
 
+# Percentiles
+
+
+def costs_of(rows: list[tuple[str, bool, float, int]], symbol: str = "A") -> pd.DataFrame:
+    table = pd.DataFrame(rows, columns=["method", "biased", "dollar_error_pct", "bytes"])
+    return table.assign(symbol=symbol, events=1_234, rank_error_points=0.5, query_us=9.0)
+
+
+async def test_methods_are_drawn_as_they_were_measured(default_redis):
+    compared = await methods_compared(synth("normal", hours=1, seed=3), default_redis)
+    figure = plots.percentile_costs(compared)
+    marks = [mark for mark in figure.data if mark.mode == "markers"]
+    found = {(mark.name, mark.xaxis): (mark.x[0], mark.customdata[0][0]) for mark in marks}
+    symbols = list(compared["symbol"].unique())
+    axes = dict(zip(symbols, ["x", "x2"], strict=True))
+    assert len(symbols) == 2
+    assert found == {(row.method, axes[row.symbol]): (row.bytes, row.dollar_error_pct) for row in compared.itertuples()}
+    assert {mark.name for mark in marks if mark.marker.symbol.endswith("open")} == {"topk"}
+    assert {mark.name: mark.marker.color for mark in marks}.items() <= plots.METHOD_COLORS.items()
+    keys = [note.text for note in figure.layout.annotations]
+    assert all(f"<b>{symbol}</b>" in key for symbol, key in zip(symbols, keys, strict=True))
+    assert all("logbins" in key and "us" in key for key in keys)
+
+
+def test_the_front_is_beaten_by_none_and_leaves_the_biased_out():
+    rows = [("logbins", False, 0.9, 2_000), ("exact", False, 0.0, 90_000), ("reservoir", False, 30.0, 7_000)]
+    rows += [("topk", True, 400.0, 500), ("tdigest", False, 5.0, 1_000)]
+    front = trace(plots.percentile_costs(costs_of(rows)), "front")
+    assert list(front.x) == [1_000, 2_000, 90_000]
+    assert list(front.y) == [5.0, 0.9, 0.01]  # nothing has no logarithm
+
+
+def test_the_title_of_costs_names_the_smallest_that_is_close_and_the_worst():
+    rows = [("exact", False, 0.0, 90_000), ("logbins", False, 0.9, 2_048), ("topk", True, 400.0, 1_024)]
+    assert "logbins is 0.90 % off in 2.00 KiB, topk 400 % in 1.00 KiB" in words(plots.percentile_costs(costs_of(rows)))
+    alone = words(plots.percentile_costs(costs_of(rows[1:2])))
+    assert "logbins is 0.90 % off in 2.00 KiB" in alone
+    assert "topk" not in alone
+    assert "No percentiles" in words(plots.percentile_costs(costs_of([])))
+
+
+def test_thresholds_are_lines_in_feed_time_upon_the_exact_one():
+    seen = pd.DataFrame({"logbins": [101.0, 198], "exact": [100.0, 200], "topk": [400.0, 900], "tdigest": [103.0, 200]})
+    figure = plots.thresholds_over_time(seen.set_axis([T0, T0 + HOUR_MS]), symbol="A", percentile=95.0)
+    assert [line.name for line in figure.data] == ["exact", "logbins", "topk", "tdigest"]
+    assert {line.name: list(line.y) for line in figure.data} == seen.to_dict("list")
+    assert [str(at)[:16] for at in figure.data[0].x] == ["2026-10-01T00:00", "2026-10-01T01:00"]
+    assert "The p95 of A: logbins is at most 1.0 % off, topk up to 350 %" in words(figure)
+    key = figure.layout.annotations[0].text.replace("\N{NO-BREAK SPACE}", " ")
+    assert all(text in key for text in ("logbins 1.0 %", "tdigest 3.0 %", "topk 350 %"))
+    two = plots.thresholds_over_time(seen[["exact", "logbins"]].set_axis([T0, T0 + 1]), symbol="A", percentile=99.5)
+    assert "p99.5 of A: logbins is at most 1.0 % off" in words(two)
+
+
+def alerts_of(*rows: tuple[str, int]) -> pd.DataFrame:
+    return detector.table(
+        detector.Alert(T0 + 1000 * s, name, "buy", "okx", 1.0, 2.0, 1.5, 0.9, 3.0) for name, s in rows
+    )
+
+
+def test_alerts_that_differ_stand_where_they_were():
+    true = alerts_of(("A", 0), ("A", 5_000), ("B", 10), ("C", 20), ("C", 3_000), ("D", 1))
+    found = alerts_of(("A", 0), ("A", 5_060), ("B", 10), ("B", 4_000), ("C", 20), ("D", 1))
+    runs = {"good": compare_alerts(true, true, within_s=600), "bad": compare_alerts(found, true, within_s=600)}
+    figure = plots.alerts_differing(runs, symbols=3)
+    drawn = {
+        ("good" if mark.xaxis == "x" else "bad", mark.name): [
+            (y, (pd.Timestamp(x).value // 10**6 - T0) // 1000) for x, y in zip(mark.x, mark.y, strict=True)
+        ]
+        for mark in figure.data
+    }
+    assert len(drawn["good", "same event"]) == 6
+    assert drawn["bad", "same event"] == [("A", 0), ("all others", 1), ("B", 10), ("C", 20)]
+    assert drawn["bad", "shifted"] == [("A", 5_000)]
+    assert drawn["bad", "missed"] == [("C", 3_000)]
+    assert drawn["bad", "extra"] == [("B", 4_000)]
+    assert figure.layout.yaxis2.categoryarray[0] == "all others"
+    assert "Of 6 alerts, good misses 0, bad misses 1" in words(figure)
+    keys = [re.sub("<.*?>", "", note.text) for note in figure.layout.annotations]
+    assert "4 same event" in keys[1]
+    assert "1 shifted" in keys[1]
+
+
+def test_runs_without_alerts_are_said_to_have_none():
+    none: Fidelity = compare_alerts(alerts_of(), alerts_of(), within_s=600)
+    assert "No alerts" in words(plots.alerts_differing({"good": none}))
+    assert "No alerts" in words(plots.alerts_differing({}))
+
+
 @pytest.mark.parametrize("draw", [plots.events_per_minute, plots.notional_per_minute, plots.top_symbols])
 def test_a_feed_without_events_is_said_to_be_one(draw):
     assert "No events" in words(draw(empty()))
@@ -362,6 +453,15 @@ def test_figures_of_a_day_are_small_and_their_titles_fit_a_phone(measured):
     figures += [plots.budget_bars(measured), plots.key_treemap(measured)]
     figures.append(plots.memory_over_time(played([1_000_000] * 240), measured))
     figures.append(plots.pressure_timeline(drilled()))
+    methods = [(name, name == "topk", 10.0**n, 10**n) for n, name in enumerate(plots.METHOD_COLORS)]
+    figures.append(plots.percentile_costs(pd.concat([costs_of(methods, f"{name}, a day") for name in "ABCD"])))
+    moments = pd.DataFrame(
+        {name: np.linspace(1, 9, 144) for name in plots.METHOD_COLORS}, T0 + HOUR_MS * np.arange(144)
+    )
+    figures.append(plots.thresholds_over_time(moments, symbol="1000PEPEUSDT", percentile=95.0))
+    alerts = alerts_of(*((f"SYM{n % 50}USDT", 60 * n) for n in range(500)))
+    runs = {name: compare_alerts(alerts, alerts, within_s=600) for name in ("logbins", "topk")}
+    figures.append(plots.alerts_differing(runs))
     assert len(day) == 144_000
     for figure in figures:
         assert len(json.dumps(json.loads(figure.to_json()))) < 60_000

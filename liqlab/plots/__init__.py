@@ -6,12 +6,14 @@ Everything is aggregated before it is drawn: a figure of a day of events is some
 from liqlab.plots.budget import budget_bars, key_treemap, memory_over_time
 from liqlab.plots.feeds import MAX_BARS, events_per_minute, notional_per_minute, top_symbols
 from liqlab.plots.monitor import health_timeline
+from liqlab.plots.percentiles import METHOD_COLORS, alerts_differing, percentile_costs, thresholds_over_time
 from liqlab.plots.pressure import pressure_timeline
 from liqlab.plots.style import PLACE_COLORS, SHARE_COLORS, SIDE_COLORS, SIDE_NAMES, STATE_COLORS, TEMPLATE, TIER_COLORS
 from liqlab.plots.writer import breaker_timeline, codec_costs
 
 __all__ = [
     "MAX_BARS",
+    "METHOD_COLORS",
     "PLACE_COLORS",
     "SHARE_COLORS",
     "SIDE_COLORS",
@@ -19,6 +21,7 @@ __all__ = [
     "STATE_COLORS",
     "TEMPLATE",
     "TIER_COLORS",
+    "alerts_differing",
     "breaker_timeline",
     "budget_bars",
     "codec_costs",
@@ -27,6 +30,8 @@ __all__ = [
     "key_treemap",
     "memory_over_time",
     "notional_per_minute",
+    "percentile_costs",
     "pressure_timeline",
+    "thresholds_over_time",
     "top_symbols",
 ]
