@@ -113,7 +113,6 @@ async def _seal_shard(
     epoch, sealed, names = await names_of(redis, shard)
     if not epoch or limit_ms <= sealed:
         return Sealed(), False
-    known = names.stored + HEAD
     streams = await streams_of(redis, shard, names, None)
     found, times, end_ms = await _front(redis, [key for key, _ in streams], limit_ms, enough)
     parts = [
@@ -142,7 +141,10 @@ async def _seal_shard(
         for entries, ms in zip(found, times, strict=True):
             first, last = bisect_left(ms, sealed), bisect_left(ms, cut_ms)
             ends += [entries[first][0], entries[last - 1][0]] if first < last else [b"", b""]
-        moved = await script(keys=keys, args=[epoch, sealed, known, cut_ms, field, block, ttl_s, *ends])
+        # An earlier version's writer did not number what its codec spells out; the block does.
+        _, known, _, added = names.take()
+        head = [epoch, sealed, known + HEAD, cut_ms, field, block, ttl_s, len(added)]
+        moved = await script(keys=keys, args=[*head, *ends, *added])
         if moved < 0:  # a writer or another sealer came in between
             return done, True
         sealed, done = cut_ms, Sealed(done.events + int(moved), done.blocks + 1, done.payload + len(block))

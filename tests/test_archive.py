@@ -16,7 +16,7 @@ from liqlab.events import event_table
 from liqlab.sealing import seal
 from liqlab.server import Server
 from liqlab.writer import Writer
-from tests.test_writer import T0, plain, sample
+from tests.test_writer import T0, plain, sample, stored
 
 LAYOUTS = ["shared", "per_symbol", "hybrid"]
 AGES = 10**9  # ms: past every window
@@ -219,3 +219,29 @@ async def test_hundreds_of_streams_are_read_within_what_clients_may_take(fresh_s
         assert done.payload / done.blocks > 0.7 * own.writer.block_bytes  # full ones, though each stream is short
         same(await history(redis), events)
         assert (await redis.info("stats"))["evicted_keys"] == 0
+
+
+@pytest.mark.parametrize("codec", ["ints", "fields", "struct19", "msgpack", "json"])
+@pytest.mark.parametrize("layout", ["shared", "per_symbol"])
+async def test_events_of_every_codec_can_be_read_back_from_blocks(
+    default_redis: Redis, codec: str, layout: str
+) -> None:
+    events, made = sample(2_000), settings.load(writer={"codec": codec, "layout": layout})
+    await Writer(default_redis, settings=made).write_table(events)
+    sealed = await seal(default_redis, now_ms=T0 + clock.DAY_MS, settings=made, partial=True)
+    assert sealed.events == 2_000
+    pd.testing.assert_frame_equal(await stored(default_redis, made), plain(events), check_dtype=False)
+
+
+async def test_names_that_no_writer_has_numbered_are_numbered_by_the_sealer(default_redis: Redis) -> None:
+    events, made = sample(500), settings.load(writer={"codec": "fields"})
+    await Writer(default_redis, settings=made).write_table(events)
+    await default_redis.ltrim("liqid", 0, 1)  # as an earlier version left it
+    await seal(default_redis, now_ms=T0 + clock.DAY_MS, settings=made, partial=True)
+    pd.testing.assert_frame_equal(await stored(default_redis, made), plain(events), check_dtype=False)
+    assert await default_redis.llen("liqid") == 2 + events["symbol"].nunique() + events["exchange"].nunique()
+    later = sample(500, seed=2, symbols=60).assign(ts_ms=lambda table: table["ts_ms"] + clock.HOUR_MS)
+    await Writer(default_redis, settings=settings.load()).write_table(later)
+    await seal(default_redis, now_ms=T0 + clock.DAY_MS, settings=made, partial=True)
+    both = plain(pd.concat([events, later]))
+    pd.testing.assert_frame_equal(await stored(default_redis, made), both, check_dtype=False)
