@@ -143,8 +143,10 @@ async def _seal_shard(
             ends += [entries[first][0], entries[last - 1][0]] if first < last else [b"", b""]
         # An earlier version's writer did not number what its codec spells out; the block does.
         _, known, _, added = names.take()
-        head = [epoch, sealed, known + HEAD, cut_ms, field, block, ttl_s, len(added)]
-        moved = await script(keys=keys, args=[*head, *ends, *added])
+        moved = await script(
+            keys=keys,
+            args=[epoch, sealed, known + HEAD, cut_ms, field, block, ttl_s, len(added), *ends, *added],
+        )
         if moved < 0:  # a writer or another sealer came in between
             return done, True
         sealed, done = cut_ms, Sealed(done.events + int(moved), done.blocks + 1, done.payload + len(block))

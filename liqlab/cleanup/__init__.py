@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -175,9 +175,13 @@ class Cleaner:
         part = getattr(self.settings.budget, share) * (limit - self._overdraft)
         return float(part / 2 if self.tier >= Tier.HALVE else part)
 
-    async def _act(self, what: str, family: str, work: Awaitable[Freed]) -> None:
+    async def _act(self, what: str, family: str, work: Coroutine[Any, Any, Freed]) -> None:
         """Do a piece of work; note it if it changed anything, or was refused."""
-        before, _ = await self._memory()
+        try:
+            before, _ = await self._memory()
+        except BaseException:
+            work.close()  # else Python warns that nobody has awaited it
+            raise
         try:
             freed = await work
         except (OutOfMemoryError, ResponseError) as error:  # at maxmemory, by an ACL, or by a server that cannot
