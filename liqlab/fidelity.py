@@ -208,13 +208,15 @@ async def methods_compared(
     Raises
     ------
     EventError
-        The feed has no event of a symbol.
+        The feed has no event, or none of a symbol.
     """
     settings, counts = settings or load(), check(events)["symbol"].value_counts()
     hours = max(float(np.ptp(events["ts_ms"])) / clock.HOUR_MS, 1.0) if len(events) else 1.0
     counts = counts[counts > 0]
     usual = [counts.index[0], (counts - hours).abs().idxmin()] if len(counts) else []
     chosen = list(dict.fromkeys(usual if symbols is None else symbols))
+    if not chosen:
+        raise EventError("the feed holds no event; `liqlab feeds inspect` says why")
     if absent := [symbol for symbol in chosen if symbol not in counts]:
         raise EventError(f"no events of {', '.join(absent)} to compare methods by; name symbols that the feed has")
     names = [name for name, kind in METHODS.items() if kind is not Unlimited] if methods is None else list(methods)

@@ -255,6 +255,8 @@ async def test_methods_are_compared_on_the_symbols_of_the_feed(default_redis: Re
     assert await default_redis.keys("size:*") == await default_redis.keys("sketch:*") == []
     with pytest.raises(EventError, match="no events of NOBODY"):
         await methods_compared(events, default_redis, symbols=["NOBODY"])
+    with pytest.raises(EventError, match="holds no event"):
+        await methods_compared(events.iloc[:0], default_redis)
 
 
 def test_alerts_less_than_a_cooldown_apart_are_the_same() -> None:
