@@ -15,7 +15,6 @@ from liqlab import candles, quantiles, schema
 from liqlab.codecs import CODECS, CodecError, Names
 from liqlab.codecs.base import Column, Value
 from liqlab.events import Columns, run_starts
-from liqlab.quantiles import log_bins
 from liqlab.settings import Settings
 
 _EXACT: Final = 1 << 53  # the largest integer up to which a double holds every one
@@ -214,12 +213,12 @@ def _sketches(events: Columns, keys: _Keys, settings: Settings, shard: int | Non
     family, retention = schema.BY_NAME["sketch"], settings.retention
     width_ms = 1000 * retention.percentile_bucket_s
     hours = events.ts_ms // width_ms
-    bins = log_bins(events.notional)
-    order = np.lexsort((bins, hours, events.symbol))
+    quarters = quantiles.quarters(events.notional)
+    order = np.lexsort((quarters, hours, events.symbol))
     ticks = quantiles.ticks(events.ts_ms, width_ms)[order]
-    symbol, hours, bins, values = events.symbol[order], hours[order], bins[order], events.notional[order]
-    cells = run_starts(symbol, hours, bins)
-    words, lengths = quantiles.pack(bins[cells], np.diff(cells, append=len(order)))
+    symbol, hours, quarters, values = events.symbol[order], hours[order], quarters[order], events.notional[order]
+    cells = run_starts(symbol, hours, quantiles.log_bins(quarters))
+    words, lengths = quantiles.pack(quarters[cells], np.diff(cells, append=len(order)))
     buckets = run_starts(symbol[cells], hours[cells])
     stops = 2 * np.cumsum(lengths)[np.append(buckets[1:], len(cells)) - 1]
     starts = [0, *stops[:-1].tolist()]

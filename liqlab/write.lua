@@ -181,30 +181,32 @@ for width = 2, #candles, 3 do
   end
 end
 
--- As in liqlab.quantiles: counts of a word, and what is in front of the words. They are folded whenever they grow past
--- FOLD, and when the next bucket begins, unless there are so FEW that it would hardly free anything.
-local EACH, HEAD, HEAD_BYTES, FOLD, FEW = 8, '<ddI2I2', 20, 512, 64
+-- As in liqlab.quantiles: what a word can count, and what is in front of the words. They are folded whenever they grow
+-- past FOLD, and when the next bucket begins, unless there are so FEW that it would hardly free anything.
+local WORD, QUARTERS, EACH, HEAD, HEAD_BYTES, FOLD, FEW = 8, 4, 5, '<ddI2I2', 20, 512, 64
 
 local function fold(field)
-  local bins, counts = {}, {}
+  local bins, counts, first = {}, {}, {}
   for at = 1, #field - 1, 2 do
     local low, high = string.byte(field, at, at + 1)
     local word = low + 256 * high
-    local n = word % EACH
+    local n = word % WORD
     local bin = word - n
     if not counts[bin] then
       bins[#bins + 1] = bin
-      counts[bin] = 0
+      counts[bin], first[bin] = 0, word
     end
-    counts[bin] = counts[bin] + n + 1
+    counts[bin] = counts[bin] + (n < QUARTERS and 1 or n - QUARTERS + 2)
   end
   table.sort(bins)
   local words = {}
   for i = 1, #bins do
-    local left = counts[bins[i]]
-    while left > 0 do
-      local n = math.min(left, EACH)
-      words[#words + 1] = struct.pack('<I2', bins[i] + n - 1)
+    local bin = bins[i]
+    local left = counts[bin]
+    if left == 1 then words[#words + 1] = struct.pack('<I2', first[bin]) end
+    while left > 1 do
+      local n = left == EACH + 1 and EACH - 1 or math.min(left, EACH) -- never one that is left over
+      words[#words + 1] = struct.pack('<I2', bin + QUARTERS - 2 + n)
       left = left - n
     end
   end

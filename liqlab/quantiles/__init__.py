@@ -2,14 +2,16 @@
 
 The default keeps, in one hash a symbol and one field an hour (`sketch:SYMBOL`), how many notionals fall into each of a
 row of log-spaced bins. A quiet symbol pays for one key, not for 24. A field is the least and the largest notional, when
-the first and the last came, and then 16-bit words, each a bin and up to eight counts; words of the same bin add up. A
-batch of the writer appends its own, and write.lua folds them together from time to time, and when the hour is over.
+the first and the last came, and then 16-bit words: each a bin, and either the quarter of it in which the only value
+lies, or two to five values; words of the same bin add up. A batch of the writer appends its own, and write.lua folds
+them together from time to time, and when the hour is over.
 
 `liqlab.percentiles` has the other ways, to be compared with.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,11 +24,12 @@ from liqlab.settings import Settings, load
 
 ACCURACY: Final = 0.01  # relative, of the value that stands for a bin
 _LOG_GAMMA: Final = float(np.log((1 + ACCURACY) / (1 - ACCURACY)))
-_EACH: Final = 8  # counts of a word, in its low three bits; write.lua has the same
+_QUARTERS: Final = 4  # of a bin: 0 to 3 in the low three bits of a word is where its value lies; write.lua has the same
+_EACH: Final = 5  # values that a word can count, from two on: 4 to 7 in those bits
+_WORD: Final = 8
 HEAD: Final = np.dtype([("least", "<f8"), ("most", "<f8"), ("first", "<u2"), ("last", "<u2")])
 _TICKS: Final = 1 << 16  # of a bucket: 55 ms of an hour
 _MIDDLE: Final = 1 << 12  # the bin of 1 USD among the 8,192 that the other bits name: 1e-35 to 1e35 USD
-_MANY: Final = 8  # values of a bin from which on they are taken as spread over it
 _PAGE: Final = 500
 _SCANNED: Final = 1_000
 
@@ -34,33 +37,49 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-def log_bins(values: Floats) -> Ints:
-    """Return the bin of each value: i where gamma^(i-1) < value <= gamma^i, gamma = (1 + a) / (1 - a), a = `ACCURACY`.
+def quarters(values: Floats) -> Ints:
+    """Return the quarter bin of each value: k where gamma^((k-1)/4) < value <= gamma^(k/4), see `log_bins`.
 
-    The rule of DDSketch (Masson, Rim and Lee 2019, section 2.1): 2 gamma^i / (gamma + 1) is then within a of any value
-    of the bin. Values beyond 1e35 and below 1e-35 are in the last and the first bin.
+    Values beyond 1e35 and below 1e-35 are in the last and the first one.
 
     Parameters
     ----------
     values : array of float64, shape (n,)
         Finite and positive.
     """
-    return np.clip(np.ceil(np.log(values) / _LOG_GAMMA), -_MIDDLE, _MIDDLE - 1).astype(np.int64)
+    found = np.ceil(np.log(values) / (_LOG_GAMMA / _QUARTERS))
+    return np.clip(found, -_QUARTERS * _MIDDLE, _QUARTERS * (_MIDDLE - 1)).astype(np.int64)
 
 
-def pack(bins: Ints, counts: Ints) -> tuple[bytes, Ints]:
-    """Return words of bins and counts, and how many words each bin has.
+def log_bins(quarter: Ints) -> Ints:
+    """Return the bins of quarters: i where gamma^(i-1) < value <= gamma^i, gamma = (1 + a) / (1 - a), a = `ACCURACY`.
+
+    The rule of DDSketch (Masson, Rim and Lee 2019, section 2.1): 2 gamma^i / (gamma + 1) is then within a of any value
+    of the bin.
+    """
+    return -(-quarter // _QUARTERS)
+
+
+def pack(quarter: Ints, counts: Ints) -> tuple[bytes, Ints]:
+    """Return words of bins, and how many words each bin has.
 
     Parameters
     ----------
-    bins, counts : array of int64, shape (n,)
-        From `log_bins`; counts are positive.
+    quarter, counts : array of int64, shape (n,)
+        Of each bin, a quarter with a value in it, from `quarters`, and how many values it has, at least one.
     """
     words = -(-counts // _EACH)
-    last = np.cumsum(words) - 1
-    each = np.full(int(words.sum()), _EACH, np.int64)
-    each[last] = counts - _EACH * (words - 1)
-    return ((np.repeat(bins + _MIDDLE, words) * _EACH) + each - 1).astype("<u2").tobytes(), words
+    stops = np.cumsum(words)
+    low = np.full(int(words.sum()), _EACH, np.int64)
+    low[stops - 1] = left = counts - _EACH * (words - 1)
+    # A word cannot count a single value that belongs to others: it takes one more from the word before.
+    short = stops[(left == 1) & (words > 1)] - 1
+    low[short], low[short - 1] = 2, _EACH - 1
+    low += _QUARTERS - 2
+    bins = log_bins(quarter)
+    alone = counts == 1
+    low[stops[alone] - 1] = (quarter - _QUARTERS * (bins - 1) - 1)[alone]
+    return ((np.repeat(bins + _MIDDLE, words) * _WORD) + low).astype("<u2").tobytes(), words
 
 
 def ticks(ts_ms: Ints, bucket_ms: int) -> Ints:
@@ -76,17 +95,26 @@ def heads(least: Floats, most: Floats, first: Ints, last: Ints) -> list[bytes]:
     return [text[at : at + HEAD.itemsize] for at in range(0, len(text), HEAD.itemsize)]
 
 
-def unpack(field: bytes) -> tuple[Ints, Ints]:
-    """Return the bins of one field, ascending, and their counts.
+def unpack(fields: Sequence[bytes], parts: ArrayLike = 1.0) -> tuple[Ints, Floats]:
+    """Return the quarters that have values, ascending, and how many: those of a whole bin are spread over it.
 
-    Raises
-    ------
-    ValueError
-        It is no field of a sketch.
+    Parameters
+    ----------
+    fields : sequence of bytes, of length n
+        Of a sketch, with their heads.
+    parts : array_like of float, shape (n,)
+        Which part of what each counts is meant.
     """
-    words = np.frombuffer(field, "<u2", offset=HEAD.itemsize).astype(np.int64)
-    bins, place = np.unique(words // _EACH - _MIDDLE, return_inverse=True)
-    return bins, np.bincount(place, words % _EACH + 1, len(bins)).astype(np.int64)
+    texts = [field[HEAD.itemsize :] for field in fields]
+    words = np.frombuffer(b"".join(texts), "<u2").astype(np.int64)
+    each = np.repeat(np.broadcast_to(np.asarray(parts, np.float64), len(texts)), [len(text) // 2 for text in texts])
+    first, low = _QUARTERS * (words // _WORD - _MIDDLE - 1) + 1, words % _WORD
+    alone, many = low < _QUARTERS, low >= _QUARTERS
+    spread = first[many, None] + np.arange(_QUARTERS)
+    weight = (low[many] - _QUARTERS + 2) * each[many] / _QUARTERS
+    found, place = np.unique(np.concatenate([(first + low)[alone], spread.ravel()]), return_inverse=True)
+    counted = np.concatenate([each[alone], np.repeat(weight, _QUARTERS)])
+    return found, np.bincount(place, counted, len(found)).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -127,8 +155,8 @@ class Distribution:
     def quantiles(self, qs: ArrayLike) -> Floats:
         """Return the values below or at which the parts `qs` of the notionals lie.
 
-        The smallest value whose cumulated weight reaches q, numpy's ``inverted_cdf``. Within a bin of many, values are
-        taken as spread evenly in their logarithm; a bin of few is the value within `ACCURACY` of all that it can hold.
+        The smallest value whose cumulated weight reaches q, numpy's ``inverted_cdf``. Between `low` and `high`, values
+        are taken as spread evenly in their logarithm.
 
         Parameters
         ----------
@@ -144,13 +172,12 @@ class Distribution:
         if not len(self.weight):
             return np.full(wanted.shape, np.nan)
         total = np.cumsum(self.weight)
-        target = wanted * total[-1]
-        # A target that is reached but for rounding is reached.
-        at = np.minimum(np.searchsorted(total, target * (1 - 1e-12), side="left"), len(total) - 1)
+        # Of n values the k-th lies where half of it is counted; one that is reached but for rounding is reached.
+        target = np.ceil(wanted * total[-1] * (1 - 1e-12)) - 0.5
+        at = np.minimum(np.searchsorted(total, target, side="left"), len(total) - 1)
         low, high, weight = self.low[at], self.high[at], self.weight[at]
-        part = np.clip((target - (total[at] - weight) - 0.5) / weight, 0, 1)
-        values = np.where(weight >= _MANY, low ** (1 - part) * high**part, 2 / (1 / low + 1 / high))
-        result: Floats = np.clip(np.where(low == high, low, values), self.least, self.most)
+        part = np.clip((target - (total[at] - weight)) / weight, 0, 1)
+        result: Floats = np.clip(np.where(low == high, low, low ** (1 - part) * high**part), self.least, self.most)
         return result
 
     def rank(self, values: ArrayLike) -> Floats:
@@ -232,12 +259,9 @@ def _merged(fields: list[tuple[bytes, int]], start_ms: int, end_ms: int, bucket_
     if not inside:
         return Distribution.of([])
     least, most = float(head["least"][inside].min()), float(head["most"][inside].max())
-    words = [np.frombuffer(fields[at][0], "<u2", offset=HEAD.itemsize) for at in inside]
-    every = np.concatenate(words).astype(np.int64)
-    each = np.repeat(part[inside], list(map(len, words))) * (every % _EACH + 1)
-    bins, place = np.unique(every // _EACH - _MIDDLE, return_inverse=True)
-    low, high = np.exp((bins - 1) * _LOG_GAMMA), np.exp(bins * _LOG_GAMMA)
-    return Distribution(low, high, np.bincount(place, each, len(bins)).astype(np.float64), least, most)
+    found, weight = unpack([fields[at][0] for at in inside], part[inside])
+    high = np.exp(found * (_LOG_GAMMA / _QUARTERS))
+    return Distribution(high * np.exp(-_LOG_GAMMA / _QUARTERS), high, weight, least, most)
 
 
 async def memory(redis: Redis, symbol: str, *, settings: Settings | None = None) -> int:
