@@ -1,0 +1,242 @@
+"""The whole: every family through time, the tables of keys, and the server itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+
+from liqlab.candles import WIDTHS
+from liqlab.events import EventError
+from liqlab.feeds import Feed
+from liqlab.settings import Settings, load
+from liqlab.sizing import families
+from liqlab.sizing.events import events as events_of
+from liqlab.sizing.families import Family
+from liqlab.sizing.prepare import Prepared, prepare
+from liqlab.sizing.structures import Layout
+
+_STEPS: Final = {"minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a server is found to allocate; made by `calibrate`.
+
+    Attributes
+    ----------
+    layout : Layout
+        How it lays out objects.
+    base_bytes : int
+        `used_memory` of the server when it holds nothing, without its clients.
+    tables_bytes : int
+        What the tables of keys come with, whatever is in them: counts of sizes, from Redis 8 on.
+    buffer_bytes : int
+        What batches that wait one behind the other leave with the server.
+    scripts_bytes, scripts_error : int
+        What its scripts' interpreter adds while a writer works, and how much more or less that may be. It is garbage
+        that comes and goes, where the server counts it at all.
+    factors : dict of str to float
+        Measured by predicted bytes of the structure that a family is made of; 1 is as the formulas say.
+    error : float
+        Two standard deviations of a prediction of the data, as a fraction of it, from what the probes left unexplained.
+    server : str
+        Which it is, for print.
+    """
+
+    layout: Layout = field(default_factory=Layout)
+    base_bytes: int = 465_000
+    tables_bytes: int = 2_700
+    buffer_bytes: int = 15_000
+    scripts_bytes: int = 0
+    scripts_error: int = 0
+    factors: dict[str, float] = field(default_factory=dict)
+    error: float = 0.05
+    server: str = "not calibrated: Redis 8.2 with jemalloc, by the sources"
+
+    def factor(self, family: str) -> float:
+        """Return by what factor more than by formula a family takes."""
+        return self.factors.get(family, 1.0)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a feed takes under settings, predicted.
+
+    Attributes
+    ----------
+    families : pandas.DataFrame
+        Index `ts_ms`, the beginning of each event-minute (or hour, or day); a column a family, its bytes when all
+        events of it were written, sealed and expired.
+    table : pandas.DataFrame
+        At the end. Index: family. Columns: keys, members, bytes.
+    base_bytes : int
+        The server without data, and without what its scripts need.
+    scripts_bytes : int
+        What the scripts' interpreter is likely to need on top.
+    error_bytes : int
+        How far `used_memory` may be off, about two standard deviations.
+    held : pandas.DataFrame
+        Events that are kept, hot and sealed; the same index.
+    """
+
+    families: pd.DataFrame
+    table: pd.DataFrame
+    base_bytes: int
+    scripts_bytes: int
+    error_bytes: int
+    held: pd.DataFrame
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all keys, at the end."""
+        return int(self.table["bytes"].sum())
+
+    @property
+    def used_memory(self) -> int:
+        """What the server will report at the end, without its clients."""
+        return self.data_bytes + self.base_bytes + self.scripts_bytes
+
+    @property
+    def total(self) -> pd.Series:
+        """`used_memory` through time."""
+        return (self.families.sum(axis=1) + self.base_bytes + self.scripts_bytes).rename("used_memory")
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that `total` comes to."""
+        return round(max(float(self.total.max()), self.used_memory))
+
+    @property
+    def events_kept(self) -> int:
+        """Events held at the end, hot and sealed."""
+        return int(self.held.iloc[-1].sum())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain numbers and text, for JSON, of the end."""
+        return {
+            "used_memory": self.used_memory,
+            "error_bytes": self.error_bytes,
+            "base_bytes": self.base_bytes,
+            "scripts_bytes": self.scripts_bytes,
+            "peak_bytes": self.peak_bytes,
+            "events_kept": self.events_kept,
+            "families": self.table.reset_index().to_dict("records"),
+        }
+
+
+def predict(
+    events: Feed | pd.DataFrame | Prepared,
+    settings: Settings | None = None,
+    calibration: Calibration | None = None,
+    *,
+    step: str = "minute",
+    exact: bool = False,
+) -> Predicted:
+    """Predict what `liqlab.ingest(events, redis, settings=settings)` leaves on a server, without a server.
+
+    Parameters
+    ----------
+    events : Feed, pandas.DataFrame or Prepared
+        What is asked about more than once should be prepared, by `liqlab.sizing.prepare`.
+    settings : Settings, optional
+        `writer`, `retention`, `server` and `shards` are read; `liqlab.settings.load()` when absent.
+    calibration : Calibration, optional
+        From `calibrate`; by the sources of Redis 8.2 when absent.
+    step : str
+        ``minute``, ``hour`` or ``day``: how far apart the rows are.
+    exact : bool
+        Whether every sealed block is encoded to know its size (about 20 us an event); else a few samples of the feed
+        are, and when the last block was sealed is a guess: hot events may be off by up to a block.
+
+    Returns
+    -------
+    Predicted
+
+    Raises
+    ------
+    EventError
+        There is no event.
+    ValueError
+        The step is none.
+    """
+    if step not in _STEPS:
+        raise ValueError(f"step is {step!r}; it must be one of {', '.join(_STEPS)}")
+    prepared, settings, calibration = prepare(events), settings or load(), calibration or Calibration()
+    if settings.writer.strategy != "script":
+        raise EventError(f"writer.strategy is {settings.writer.strategy!r}; only what `script` writes can be predicted")
+    layout, rows = calibration.layout, prepared.rows
+    # Batches then wait one behind the other.
+    crowded = int(np.diff(prepared.stop, prepend=0).max()) > settings.writer.bulk_events
+    buffers = calibration.buffer_bytes if crowded else 0
+    parts, held = _parts(prepared, settings, layout, exact)
+
+    count = {name: np.rint(part.keys).astype(np.int64) for name, part in parts.items()}
+    every = np.sum(list(count.values()), axis=0)
+    timed = np.sum([keys for name, keys in count.items() if parts[name].ttl], axis=0)
+    born = {name: np.rint(part.born).astype(np.int64) for name, part in parts.items()}
+    fewest = every - np.sum(list(born.values()), axis=0)
+    fewest_timed = timed - np.sum([keys for name, keys in born.items() if parts[name].ttl], axis=0)
+    main = layout.table(every, layout.slots(fewest, every)) / np.maximum(every, 1)
+    expires = layout.table(timed, layout.slots(fewest_timed, timed)) / np.maximum(timed, 1)
+    sizes = {
+        name: (part.size + count[name] * (main + (expires if part.ttl else 0))) * calibration.factor(name)
+        for name, part in parts.items()
+    }
+    last = np.append(np.flatnonzero(np.diff(prepared.start_ms // _STEPS[step])), rows - 1)
+    index = pd.Index(prepared.start_ms[last] // _STEPS[step] * _STEPS[step], name="ts_ms")
+    table = pd.DataFrame(
+        {
+            "keys": {name: int(keys[-1]) for name, keys in count.items()},
+            "members": {name: part.members for name, part in parts.items()},
+            "bytes": {name: round(size[-1]) for name, size in sizes.items()},
+        }
+    ).rename_axis("family")
+    table = table[table["keys"] > 0]
+    return Predicted(
+        families=pd.DataFrame({name: size[last] for name, size in sizes.items()}, index),
+        table=table,
+        base_bytes=calibration.base_bytes + calibration.tables_bytes + buffers,
+        scripts_bytes=calibration.scripts_bytes,
+        error_bytes=round(calibration.error * float(table["bytes"].sum())) + calibration.scripts_error + buffers,
+        held=pd.DataFrame({name: values[last] for name, values in held.items()}, index),
+    )
+
+
+def _parts(
+    prepared: Prepared, settings: Settings, layout: Layout, exact: bool
+) -> tuple[dict[str, Family], dict[str, Any]]:
+    """Return every family, each remembered under what it depends on."""
+    retention, writer, shards = settings.retention, settings.writer, settings.shards
+    found = prepared.once(
+        (
+            "events", layout, exact, shards, writer.layout, writer.codec, writer.block_codec, writer.block_bytes,
+            (writer.hybrid_events, writer.bulk_events) if writer.layout == "hybrid" else 0,
+            settings.server.stream_node_max_bytes, settings.server.stream_node_max_entries, retention.hot_s,
+            retention.events_s, retention.events_maxlen, retention.shared_maxlen,
+        ),
+        lambda: events_of(prepared, settings, layout, exact=exact),
+    )  # fmt: skip
+    parts = {"events": found.hot, "blocks": found.blocks}
+    parts["names"] = prepared.once(("names", layout, shards), lambda: families.names(prepared, settings, layout))
+    parts["vwap"] = prepared.once(
+        ("vwap", layout, shards, retention.vwap_s), lambda: families.vwap(prepared, settings, layout)
+    )
+    parts["sketch"] = prepared.once(
+        ("sketch", layout, shards, retention.percentile_window_s, retention.percentile_bucket_s, writer.bulk_events),
+        lambda: families.sketch(prepared, settings, layout),
+    )
+    for name in WIDTHS.values():
+        ttl = getattr(retention, f"{name}_s")
+        parts[name] = prepared.once(
+            (name, layout, shards, ttl, writer.candles, writer.bulk_events),
+            lambda name=name: families.candle(name, prepared, settings, layout),  # type: ignore[misc]
+        )
+    parts["unique_symbols"] = prepared.once(
+        ("unique", layout, shards, retention.unique_symbols_s),
+        lambda: families.unique_symbols(prepared, settings, layout),
+    )
+    parts["writer"] = families.writer(prepared, settings, layout)
+    return parts, {"hot": found.in_hot, "sealed": found.in_blocks}
