@@ -13,9 +13,10 @@ from redis.asyncio import Redis
 
 from liqlab import clock, quantiles, settings, synth
 from liqlab.archive import history, tail
+from liqlab.comparison import methods_compared
 from liqlab.detector import Alert, Detector, backtest, signals, table
 from liqlab.events import Columns, Event, EventError, event_table
-from liqlab.fidelity import compare, fidelity, methods_compared
+from liqlab.fidelity import compare, fidelity
 from liqlab.replay import ingest
 from liqlab.server import Server, connect
 from liqlab.writer import Writer

@@ -31,7 +31,7 @@ FLOORS = (
         *("archive", "sealing", "percentiles", "detector", "record"),
     ),
     ("budget", "monitor", "cleanup", "migrate"),
-    ("sizing", "replay", "fidelity", "tuning"),
+    ("sizing", "replay", "fidelity", "comparison", "claims", "tuning"),
     ("plots", "widgets", "report", "cli"),
 )
 BELOW = {

@@ -11,9 +11,10 @@ from liqlab.cleanup import Action
 from liqlab.cleanup.drill import Drilled
 from liqlab.clock import DAY_MS, HOUR_MS, MINUTE_MS
 from liqlab.codecs.compare import compare
+from liqlab.comparison import methods_compared
 from liqlab.events import empty, event_table
 from liqlab.feeds.synth import synth
-from liqlab.fidelity import Fidelity, methods_compared
+from liqlab.fidelity import Fidelity
 from liqlab.fidelity import compare as compare_alerts
 from liqlab.replay import Ingested, ingest
 from liqlab.settings import Thresholds, load

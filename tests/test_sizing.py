@@ -29,7 +29,7 @@ from tests.conftest import BINARIES
 from tests.test_budget import quiet_memory
 
 TOTAL, FAMILY = 0.02, 0.05
-SMALL = ("names", "writer", "unique_symbols")  # a key or two: budget's share of the tables is all the difference
+SMALL = ("names", "writer")  # a key or two: budget's share of the tables is all the difference
 _known: dict[str, Calibration] = {}
 
 
@@ -112,8 +112,8 @@ async def test_a_radix_tree_is_what_used_memory_says(step: int, fresh_server: Ca
     zero = np.zeros(count, np.int64)
     node = layout.alloc(7 + 8 + listpack_text(1) + 6 + 4)
     predicted = radix_trees(zero, ms, zero, layout) + count * int(node)
-    # glibc leaves what is too small for a chunk of its own with the one before it.
-    assert predicted == pytest.approx(grown, rel=0.05 if layout.quantum == 0 else 0.02)
+    # glibc leaves what is too small for a chunk of its own with the one before it: never less than by formula.
+    assert predicted * 0.98 <= grown <= predicted * (1.08 if layout.quantum == 0 else 1.02)
 
 
 # Calibration -----------------------------------------------------------------------------------------------------
@@ -174,7 +174,9 @@ async def test_each_family_after_an_ingest(case: str, kind: str, fresh_server: C
     assert predicted.table["members"].to_dict() == families["members"].to_dict()
     large = families.index.difference(list(SMALL))
     off = (predicted.table["bytes"] / families["bytes"] - 1)[large]
-    assert off.abs().max() < FAMILY, off.to_string()
+    # Of one small key, what glibc leaves with a chunk is more than a few per cent.
+    slack = (16 * families["keys"] / families["bytes"])[large] if "valkey" in kind else 0
+    assert (off.abs() < FAMILY + slack).all(), off.to_string()
     assert predicted.events_kept == done.held
     assert predicted.base_bytes + predicted.data_bytes == pytest.approx(used, rel=TOTAL)
 

@@ -108,7 +108,7 @@ def quantiles(
     Example: liqlab quantiles --feed data/normal-6h.jsonl.gz
     """
     from liqlab import server
-    from liqlab.fidelity import methods_compared
+    from liqlab.comparison import methods_compared
 
     chosen = chosen_settings(options)
     recorded = read(paths(feeds, feed), chosen, form, symbol, exchange, columns, unit, tz)

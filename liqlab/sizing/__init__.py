@@ -15,7 +15,6 @@ them through time. What is not covered:
 * Events that come late, and the other strategies of the writer.
 * XTRIM's limit of 100 nodes a call: a stream that grows faster than it is trimmed is longer than predicted.
 * Of `used_memory`: buffers of clients, and the garbage of scripts, which is in `Predicted.error_bytes`.
-* The HyperLogLog of symbols is of the expected size, not of that which the names' hashes give: 1 KB, 20 % off.
 """
 
 from liqlab.sizing.calibrate import calibrate

@@ -1,7 +1,8 @@
-"""Families of many keys through time: candles, VWAP, sketches of notionals, and the few that all symbols share."""
+"""Families of many keys through time: candles, VWAP, and the few that all symbols share; `sketches` are apart."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,13 +11,11 @@ import numpy as np
 from liqlab import candles, schema
 from liqlab.clock import MINUTE_MS
 from liqlab.events import SIDES, run_starts
-from liqlab.quantiles import HEAD, log_bins
 from liqlab.settings import Settings
 from liqlab.sizing.prepare import Prepared, listpack_number, through
 from liqlab.sizing.structures import (
     LISTPACK,
     MAX_LIST_NODE,
-    MAX_LISTPACK_VALUE,
     Bools,
     Floats,
     Ints,
@@ -24,11 +23,10 @@ from liqlab.sizing.structures import (
     digits,
     listpack_int,
     listpack_text,
-    sds,
 )
 
-_EACH, _FOLD = 8, 512  # write.lua: counts of a word; bytes at which words are folded
 _REGISTERS: Final = 1 << 14  # hyperloglog.c
+_DENSE: Final = 12_310  # 16 and six bits a register, and the string's own
 
 
 @dataclass(frozen=True)
@@ -181,129 +179,13 @@ def _vwap_sums(prepared: Prepared) -> list[tuple[Floats, Ints, Ints]]:
 _VWAP: Final = ("price_sum", "volume_sum", "count", "last_update")
 
 
-@dataclass(frozen=True)
-class _Cells:
-    """Fields of sketches, touch by touch: shape (t,), sorted by symbol, bucket and row."""
-
-    symbol: Ints
-    bucket: Ints
-    row: Ints
-    last_ms: Ints
-    size: Ints  # bytes of the field's value
-    folded: Ints  # the same, if it were folded then
-    opens: Ints  # where a field begins
-
-
-def _cells(prepared: Prepared, bucket_s: int, bulk: int) -> _Cells:
-    """Follow write.lua: words are appended, and folded whenever they grow past a multiple of 512 bytes."""
-    columns, order = prepared.columns, prepared.order
-    symbol, row, ts_ms = columns.symbol[order].astype(np.int64), prepared.row[order], columns.ts_ms[order]
-    batch = prepared.batches(bulk)[order]
-    bucket = ts_ms // (1000 * bucket_s)
-    bins = prepared.once("bins", lambda: log_bins(columns.notional[order]))
-    touches = run_starts(symbol, bucket, batch)
-    touch = np.repeat(np.arange(len(touches)), np.diff(touches, append=len(order)))
-    opens = run_starts(symbol[touches], bucket[touches])
-    field = np.repeat(np.arange(len(opens)), np.diff(opens, append=len(touches)))
-    # A word takes eight events of a bin: those of the batch, and those of all batches once they are folded.
-    new = np.add.reduceat(_every_eighth(touch, bins), touches)
-    folded = np.add.reduceat(_every_eighth(field[touch], bins), touches)
-    folded = np.cumsum(folded)
-    folded -= np.concatenate([[0], folded])[opens][field]
-    words = np.cumsum(new)
-    words -= np.concatenate([[0], words])[opens][field]
-    size = 2 * words
-    last = np.append(opens[1:], len(touches))
-    for at, end in zip(opens.tolist(), last.tolist(), strict=True):
-        if size[end - 1] < _FOLD:
-            continue
-        added, least, now = (2 * new[at:end]).tolist(), (2 * folded[at:end]).tolist(), 0
-        for place, more in enumerate(added):
-            grown = now + more
-            now = least[place] if place and grown // _FOLD > now // _FOLD else grown
-            size[at + place] = now
-    ends = np.append(touches[1:], len(order)) - 1
-    size, folded = size + HEAD.itemsize, 2 * folded + HEAD.itemsize
-    return _Cells(symbol[touches], bucket[touches], row[touches], ts_ms[ends], size, folded, opens)
-
-
-def _every_eighth(group: Ints, bins: Ints) -> Ints:
-    """Return 1 for the first, the ninth, ... event of each bin of a group."""
-    cell = group * (1 << 14) + (bins - bins.min())
-    order = np.argsort(cell, kind="stable")
-    starts = run_starts(cell[order])
-    rank = np.arange(len(cell)) - np.repeat(starts, np.diff(starts, append=len(cell)))
-    result = np.zeros(len(cell), np.int64)
-    result[order] = rank % _EACH == 0
-    return result
-
-
-def sketch(prepared: Prepared, settings: Settings, layout: Layout) -> Family:
-    """Return the hashes of notionals: a field an hour; a listpack until a value exceeds 64 bytes, then a table."""
-    retention, rows = settings.retention, prepared.rows
-    bucket_s, bulk = retention.percentile_bucket_s, settings.writer.bulk_events
-    cells = prepared.once(("cells", bucket_s, bulk), lambda: _cells(prepared, bucket_s, bulk), large=True)
-    kept = -(-retention.percentile_window_s // bucket_s)
-    ttl_s = schema.BY_NAME["sketch"].ttl_s(settings) or 0
-    dead, begins = lives(prepared, cells.symbol, cells.row, cells.last_ms, ttl_s)
-    life = np.cumsum(begins) - 1
-    ends = np.append(np.flatnonzero(begins)[1:], len(life)) - 1
-    over = dead[ends]  # of each life
-    # A field goes when the first one comes whose bucket is more than `kept` later, or with its key.
-    opens = np.unique(np.concatenate([cells.opens, np.flatnonzero(begins)]))
-    span = int(cells.bucket.max() - cells.bucket.min()) + kept + 2
-    place = life[opens] * span + cells.bucket[opens] - cells.bucket.min()
-    later = np.searchsorted(place, place + kept + 1)
-    inside = (later < len(place)) & (np.append(life[opens], -1)[later] == life[opens])
-    removed = np.where(inside, np.append(cells.row[opens], rows)[later], over[life[opens]])
-
-    first = np.zeros(len(life), np.bool_)
-    first[opens] = True
-    before = np.flatnonzero(~first)
-    last = np.append(opens[1:], len(life)) - 1
-    # When the next bucket begins, the one before is folded.
-    follows = np.append(life[opens[1:]] == life[opens[:-1]], False)
-    turn = np.append(cells.row[opens[1:]], rows)[follows]
-    final = np.where(follows, np.minimum(cells.folded[last], cells.size[last]), cells.size[last])
-    name = cells.bucket
-
-    def sums(values: Ints, end: Ints) -> Ints:
-        """Return what the fields of a key add up to after each change, `end` being what they have when they go."""
-        change = values.copy()
-        change[before] -= values[before - 1]
-        return np.cumsum(np.concatenate([change, (end - values[last])[follows], -end])[order])
-
-    at = np.concatenate([cells.row, turn, removed])
-    whose = np.concatenate([life, life[last[follows]], life[last]])
-    order = np.argsort(whose * (rows + 1) + at, kind="stable")  # what is nearly in order is soon sorted
-    at, whose = at[order], whose[order]
-    counts = np.concatenate([first.astype(np.int64), np.zeros(len(turn), np.int64), -np.ones(len(last), np.int64)])
-    ids = listpack_int(name)
-    small = sums(ids + listpack_text(cells.size), ids[last] + listpack_text(final))
-    large = sums(layout.field(digits(name), cells.size), layout.field(digits(name[last]), final))
-    count = np.cumsum(counts[order])
-    wide = np.where(cells.size > MAX_LISTPACK_VALUE, cells.row, rows)
-    converted = np.minimum.reduceat(wide, np.flatnonzero(begins))[whose]
-    until = np.append(at[1:], rows)
-    until[:-1] = np.where(whose[1:] == whose[:-1], until[:-1], over[whose[:-1]])
-    until[-1] = over[whose[-1]]
-    there = (count > 0) & (at < rows)
-    holds = np.where(at >= converted, layout.hash_table(np.maximum(count, 1)) + large, layout.listpack_hash(small))
-    length = key_length("sketch", prepared, settings, cells.symbol[np.flatnonzero(begins)], None)[whose]
-    born, gone = at[there], np.maximum(until[there], at[there])
-    keys = through(rows, born, gone)
-    total = through(rows, born, gone, (layout.key(length) + holds)[there])
-    members = round(through(rows, born, gone, count[there])[-1])
-    return Family(keys, total, members, per_row(rows, cells.row[begins]))
-
-
 def unique_symbols(prepared: Prepared, settings: Settings, layout: Layout) -> Family:
     """Return the HyperLogLog of symbols of each shard, which begins anew when its hour is over."""
     ttl_s = schema.BY_NAME["unique_symbols"].ttl_s(settings) or 0
     whose = prepared.shards(settings.shards)[prepared.symbol]
     keys, total, born = np.zeros(prepared.rows), np.zeros(prepared.rows), np.zeros(prepared.rows)
     length = len("unique_symbols:1h") + (0 if settings.shards == 1 else 3 + len(str(settings.shards - 1)))
-    sizes = layout.string(length, 0) - layout.alloc(sds(0)) + layout.alloc(_sparse(len(prepared.lengths), layout) + 6)
+    registers = prepared.once("registers", lambda: [_register(name.encode()) for name in prepared.columns.symbols])
     for shard in prepared.present(settings.shards):
         mine = np.flatnonzero(whose == shard)
         mine = mine[np.lexsort((prepared.symbol[mine], prepared.minute_row[mine]))]
@@ -313,7 +195,8 @@ def unique_symbols(prepared: Prepared, settings: Settings, layout: Layout) -> Fa
             begun = int(row[start])
             over = int(prepared.row_at(prepared.last_ms[mine[start : start + 1]] + 1000 * ttl_s)[0])
             end = int(np.searchsorted(row, max(over, begun + 1)))
-            _, new = np.unique(symbol[start:end], return_index=True)
+            new = np.sort(np.unique(symbol[start:end], return_index=True)[1])
+            sizes = layout.key(length) + _sparse([registers[code] for code in symbol[start:end][new].tolist()], layout)
             count = np.cumsum(np.bincount(row[start:end][new] - begun, minlength=max(over, begun + 1) - begun))
             born[begun] += 1
             keys[begun : begun + len(count)] += 1
@@ -322,24 +205,43 @@ def unique_symbols(prepared: Prepared, settings: Settings, layout: Layout) -> Fa
     return Family(keys, total, round(keys[-1]), born)
 
 
-def _sparse(most: int, layout: Layout) -> Ints:
-    """Return the room of a sparse HyperLogLog of 0 to `most` symbols (`hyperloglog.c`).
+def _register(name: bytes) -> int:
+    """Return the register of a HyperLogLog that counts a name: MurmurHash64A, its low 14 bits (`hyperloglog.c`)."""
+    mask, factor = (1 << 64) - 1, 0xC6A4A7935BD1E995
+    found = 0xADC83B19 ^ len(name) * factor & mask
+    whole = len(name) // 8 * 8
+    for at in range(0, whole, 8):
+        word = int.from_bytes(name[at : at + 8], "little") * factor & mask
+        found = (found ^ (word ^ word >> 47) * factor & mask) * factor & mask
+    if rest := name[whole:]:
+        found = (found ^ int.from_bytes(rest, "little")) * factor & mask
+    found = (found ^ found >> 47) * factor & mask
+    return (found ^ found >> 47) & (_REGISTERS - 1)
 
-    A register that is set takes a byte, the zeros before it one up to 64 and else two; it grows by its own length or by
-    300 bytes, whichever is less, when three more do not fit.
+
+def _sparse(registers: list[int], layout: Layout) -> Ints:
+    """Return the bytes of the string of a HyperLogLog in which 0 to n names are counted, shape (n + 1,).
+
+    `hyperloglog.c`: a register that is set takes a byte, the zeros before it one up to 64 and else two. Where three
+    more do not fit it grows to twice its length, by no more than 300 bytes from Redis 7.2 on; above 3,000 it is dense.
     """
-    symbols = np.arange(most + 1)
-    used = _REGISTERS * -np.expm1(-symbols / _REGISTERS)
-    gap = used / _REGISTERS
-    far = np.exp(-64 * gap)
-    length = np.ceil(18 + used * (1 + (1 - gap) * (1 + far))).astype(np.int64)
-    room, result = 19, np.zeros(most + 1, np.int64)
-    for number, size in enumerate(length.tolist()):
-        while size + 2 > room:
-            wanted = room + 2 + min(room + 2, 300)
+
+    def zeros(after: int, before: int) -> int:
+        return min(before - after - 1, 1) + (before - after > 65)
+
+    between, length, room = [-1, _REGISTERS], 18, 0
+    result = np.zeros(len(registers) + 1, np.int64)
+    for number, register in enumerate([-1, *registers]):
+        at = bisect_left(between, register)
+        if between[at] != register:
+            after, before = between[at - 1], between[at]
+            length += 1 + zeros(after, register) + zeros(register, before) - zeros(after, before)
+            between.insert(at, register)
+        if room - length < 3:
+            wanted = length + 3 + (length + 3 if layout.separate else min(length + 3, 300))
             head = 4 if wanted < 256 else 6
-            room = min(int(layout.alloc(wanted + head)) - head, 12_304)
-        result[number] = room
+            room = int(layout.alloc(wanted + head)) - head
+        result[number] = room + head if length <= 3_000 else int(layout.alloc(_DENSE))
     return result
 
 

@@ -12,7 +12,7 @@ from liqlab.candles import WIDTHS
 from liqlab.events import EventError
 from liqlab.feeds import Feed
 from liqlab.settings import Settings, load
-from liqlab.sizing import families
+from liqlab.sizing import families, sketches
 from liqlab.sizing.events import events as events_of
 from liqlab.sizing.families import Family
 from liqlab.sizing.prepare import Prepared, prepare
@@ -226,7 +226,7 @@ def _parts(
     )
     parts["sketch"] = prepared.once(
         ("sketch", layout, shards, retention.percentile_window_s, retention.percentile_bucket_s, writer.bulk_events),
-        lambda: families.sketch(prepared, settings, layout),
+        lambda: sketches.sketch(prepared, settings, layout),
     )
     for name in WIDTHS.values():
         ttl = getattr(retention, f"{name}_s")
