@@ -6,10 +6,11 @@ files of a deployed one (`write`). Values come from the settings, keys of the us
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import pandas as pd
 from redis.asyncio import Redis
@@ -302,10 +303,34 @@ services:
 """
 
 
+def toml(settings: Settings) -> str:
+    """Return the `liqlab.toml` that makes these settings again; passwords and paths stay out."""
+    private: Any = {"redis_url": True, "server": {"binary"}, "feeds": {"quarantine_dir"}}
+    private |= {"journal": {"path"}, "cleanup": {"folder"}, "monitor": {"webhook"}}
+    tree = settings.model_dump(mode="json", exclude=private, exclude_defaults=True)
+    size = settings.server.maxmemory
+    tree["server"] = tree.get("server", {}) | {"maxmemory": size if size % (1 << 20) else f"{size >> 20}mb"}
+    tree["writer"] = {"layout": settings.writer.layout, **tree.get("writer", {})}
+    return "\n".join(["# liqlab.toml", *_toml(tree)]) + "\n"
+
+
+def _toml(tree: Mapping[str, Any], name: str = "") -> Iterator[str]:
+    # A JSON scalar is a TOML scalar.
+    leaves = {key: value for key, value in tree.items() if not isinstance(value, dict)}
+    if name and leaves:
+        yield from ("", f"[{name}]")
+    for key, value in leaves.items():
+        yield f"{key if key.isidentifier() else json.dumps(key)} = {json.dumps(value)}"
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _toml(value, f"{name}.{key}" if name else key)
+
+
 def write(folder: str | Path, settings: Settings | None = None) -> list[Path]:
     """Write the files of a deployed server; there is no password in them.
 
-    ``redis.conf``, ``users.acl``, ``start.sh`` (starts a Redis of this machine with both), ``docker-compose.yml``.
+    ``redis.conf``, ``users.acl``, ``start.sh`` (starts a Redis of this machine with both), ``docker-compose.yml``, and
+    ``liqlab.toml``, which liqlab reads in its working directory.
 
     Parameters
     ----------
@@ -341,6 +366,7 @@ def write(folder: str | Path, settings: Settings | None = None) -> list[Path]:
         "users.acl": acl(),
         "start.sh": _START,
         "docker-compose.yml": _COMPOSE.format(image=IMAGE, user=_IMAGE_USER, port=PORT, limit=limit),
+        "liqlab.toml": toml(settings),
     }
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)

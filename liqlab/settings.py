@@ -11,7 +11,7 @@ import ipaddress
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
@@ -304,6 +304,38 @@ def load(**overrides: Any) -> Settings:
         raise SettingsError("\n".join(_problem(dict(item), known) for item in error.errors())) from None
     except (OSError, ValueError) as error:
         raise SettingsError(f"{FILE}: {error}") from None
+
+
+def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """Return settings of which some are others.
+
+    Parameters
+    ----------
+    settings : Settings
+    changes : mapping of str to value
+        By dotted name: ``{"writer.layout": "hybrid"}``.
+
+    Raises
+    ------
+    SettingsError
+        A setting is unknown or not acceptable.
+    """
+    known, sections = set(_names(Settings)), dict[str, dict[str, Any]]()
+    for name, value in changes.items():
+        if name not in known:
+            raise SettingsError(_unknown(name, list(known)))
+        section, _, field = name.rpartition(".")
+        sections.setdefault(section, {})[field] = value
+    update: dict[str, Any] = {}
+    for section, fields in sections.items():
+        model = getattr(settings, section) if section else settings
+        try:
+            whole = type(model).model_validate({**dict(model), **fields})
+        except ValidationError as error:
+            items = [{**item, "loc": (*filter(None, [section]), *item["loc"])} for item in error.errors()]
+            raise SettingsError("\n".join(_problem(item, known) for item in items)) from None
+        update |= {section: whole} if section else {name: getattr(whole, name) for name in fields}
+    return settings.model_copy(update=update)
 
 
 def _names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -112,7 +112,8 @@ async def empty(deployed: Deployed) -> None:
 
 def test_the_folder_deploy_is_what_write_writes(tmp_path: Path) -> None:
     written = config.write(tmp_path / "made" / "anew", load())
-    assert [path.name for path in written] == ["redis.conf", "users.acl", "start.sh", "docker-compose.yml"]
+    names = ["redis.conf", "users.acl", "start.sh", "docker-compose.yml", "liqlab.toml"]
+    assert [path.name for path in written] == names
     assert {path.name for path in (ROOT / "deploy").iterdir()} == {path.name for path in written}
     for path in written:
         kept = (ROOT / "deploy" / path.name).read_text()

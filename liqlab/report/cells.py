@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import json
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import pandas as pd
 
 from liqlab import __version__
 from liqlab.budget import UNATTRIBUTED, Budget, human
+from liqlab.config import toml
 from liqlab.events import EventError
 from liqlab.feeds import Feed, FeedError
 from liqlab.replay import Ingested
@@ -239,28 +239,7 @@ def configuration(settings: Settings) -> Any:
     """Return the lines of `liqlab.toml` that make these settings again, as Markdown; passwords and paths stay out."""
     from IPython.display import Markdown
 
-    private: Any = {"redis_url": True, "server": {"binary"}, "feeds": {"quarantine_dir"}}
-    private |= {"journal": {"path"}, "cleanup": {"folder"}, "monitor": {"webhook"}}
-    tree = settings.model_dump(mode="json", exclude=private, exclude_defaults=True)
-    tree["server"] = tree.get("server", {}) | {"maxmemory": _redis_unit(settings.server.maxmemory)}
-    tree["writer"] = {"layout": settings.writer.layout, **tree.get("writer", {})}
-    return Markdown("```toml\n" + "\n".join(["# liqlab.toml", *_toml(tree)]) + "\n```")  # type: ignore[no-untyped-call]
-
-
-def _redis_unit(size: int) -> int | str:
-    return size if size % (1 << 20) else f"{size >> 20}mb"
-
-
-def _toml(tree: Mapping[str, Any], name: str = "") -> Iterator[str]:
-    # A JSON scalar is a TOML scalar.
-    leaves = {key: value for key, value in tree.items() if not isinstance(value, dict)}
-    if name and leaves:
-        yield from ("", f"[{name}]")
-    for key, value in leaves.items():
-        yield f"{key if key.isidentifier() else json.dumps(key)} = {json.dumps(value)}"
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _toml(value, f"{name}.{key}" if name else key)
+    return Markdown(f"```toml\n{toml(settings)}```")  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)

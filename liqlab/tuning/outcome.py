@@ -1,0 +1,145 @@
+"""What a choice of settings costs and buys, by the models alone: bytes, history, thresholds and alerts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from liqlab import clock, schema
+from liqlab.settings import Settings
+from liqlab.sizing import Calibration, Predicted, Prepared, predict
+from liqlab.tuning.alerts import Quality, quality
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a feed takes and gives under settings.
+
+    Attributes
+    ----------
+    settings : Settings
+    predicted : Predicted
+        Bytes through time, before any cleanup.
+    quality : Quality
+        Thresholds and alerts beside those of exact history.
+    rate_per_h : float
+        Events an hour of the feed.
+    """
+
+    settings: Settings
+    predicted: Predicted
+    quality: Quality
+    rate_per_h: float
+
+    @property
+    def maxmemory(self) -> int:
+        """Bytes that the server may use."""
+        return self.settings.server.maxmemory
+
+    @cached_property
+    def shares(self) -> pd.DataFrame:
+        """Index: the six shares. Columns: budget_bytes; bytes, the most at any time; headroom_pct, what is left of it.
+
+        Streams come to their budget sooner or later, and cleanup keeps them there: their headroom is what is still free
+        at the end of the feed.
+        """
+        predicted, budget = self.predicted, self.settings.budget.model_dump()
+        families = predicted.families
+        share = [schema.BY_NAME[str(name)].share for name in families]
+        most = families.T.groupby(share).sum().T.max()
+        most["buffer"] = predicted.base_bytes + predicted.scripts_bytes
+        table = pd.DataFrame({"budget_bytes": pd.Series(budget) * self.maxmemory}).rename_axis("share")
+        table["bytes"] = most.reindex(table.index).fillna(0)
+        table["headroom_pct"] = 100 * (1 - table["bytes"] / table["budget_bytes"].where(table["budget_bytes"] > 0))
+        return table
+
+    @property
+    def event_bytes(self) -> float:
+        """Bytes that one more event takes of the streams: sealed, where blocks are sealed, else hot."""
+        held, families = self.predicted.held.iloc[-1], self.predicted.families.iloc[-1]
+        if held["sealed"]:
+            return float(families["blocks"] / held["sealed"])
+        return float(families["events"] / max(held["hot"], 1))
+
+    @property
+    def history_h(self) -> float:
+        """Hours of this feed that the streams hold within their budget, cleanup removing what is older."""
+        room = self.settings.budget.streams * self.maxmemory
+        hot, held = float(self.predicted.families["events"].max()), float(self.predicted.held["hot"].max())
+        if hot > room or not self.predicted.held["sealed"].iloc[-1]:
+            events = room / max(self.event_bytes, 1e-9) if hot <= room else held * room / hot
+        else:
+            events = held + (room - hot) / self.event_bytes
+        return min(events / self.rate_per_h, self.settings.retention.events_s / 3600)
+
+    @property
+    def used_bytes(self) -> int:
+        """The most that `used_memory` comes to, cleanup keeping the streams within their budget."""
+        size, budget = self.shares["bytes"], self.shares["budget_bytes"]
+        return round(float(size.sum()) - max(float(size["streams"]) - float(budget["streams"]), 0))
+
+    @property
+    def binds(self) -> str:
+        """The share, other than that of the streams, with the least headroom."""
+        return str(self.shares["headroom_pct"].drop("streams").idxmin())
+
+    @property
+    def headroom_pct(self) -> float:
+        """What the share that binds has left, per cent of it; below 0 where it does not fit."""
+        return float(self.shares["headroom_pct"].drop("streams").min())
+
+    @property
+    def fits(self) -> bool:
+        """Whether every share is within its budget, and the whole too where the prediction errs as far as it may."""
+        return self.headroom_pct >= 0 and self.used_bytes + self.predicted.error_bytes <= self.maxmemory
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as plain numbers and text, a row of a sweep."""
+        alerts, shares = self.quality.fidelity, self.shares
+        return {
+            "used_bytes": self.used_bytes,
+            **{f"{name}_bytes": round(size) for name, size in shares["bytes"].items()},
+            "event_bytes": self.event_bytes,
+            "history_h": self.history_h,
+            "threshold_error_pct": self.quality.error_pct,
+            "precision": np.nan if alerts.precision is None else alerts.precision,
+            "recall": np.nan if alerts.recall is None else alerts.recall,
+            "headroom_pct": self.headroom_pct,
+            "binds": self.binds,
+            "fits": self.fits,
+        }
+
+
+def evaluate(
+    prepared: Prepared,
+    settings: Settings,
+    calibration: Calibration | None = None,
+    *,
+    window_s: int | None = None,
+) -> Outcome:
+    """Say what a feed takes and gives under settings, in milliseconds and without a server.
+
+    Parameters
+    ----------
+    prepared : Prepared
+        From `liqlab.sizing.prepare`; it remembers what settings have in common.
+    settings : Settings
+    calibration : Calibration, optional
+        From `liqlab.sizing.calibrate`; by the sources of Redis 8.2 when absent.
+    window_s : int, optional
+        Of which trailing window thresholds should be, of exact history; `retention.percentile_window_s` when absent.
+
+    Raises
+    ------
+    EventError
+        `writer.strategy` is one that cannot be predicted.
+    """
+    window_s = window_s or settings.retention.percentile_window_s
+    times = prepared.columns.ts_ms
+    hours = max(float(times[-1] - times[0]) / clock.HOUR_MS, 1 / 60)
+    found = predict(prepared, settings, calibration)
+    return Outcome(settings, found, quality(prepared, settings, window_s), len(times) / hours)
