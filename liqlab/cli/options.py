@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from typing import Annotated, Any, Final
@@ -89,3 +90,38 @@ def on_server(url: str | None, chosen: Settings, run: Callable[[str], Coroutine[
         if url is None:
             url = stack.enter_context(server.serve(settings=chosen)).url
         return asyncio.run(run(url))
+
+
+def on_feed(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that say which feed it is about, and the settings.
+
+    It is called with the feed, the settings and what options it has itself.
+    """
+
+    def common(
+        feeds: Feeds = None,
+        feed: FeedOption = None,
+        form: Format = "auto",
+        symbol: Symbol = None,
+        exchange: Exchange = None,
+        columns: Map = None,
+        unit: Unit = None,
+        tz: Zone = None,
+        options: Set = None,
+    ) -> Any:
+        chosen = chosen_settings(options)
+        return read(paths(feeds, feed), chosen, form, symbol, exchange, columns, unit, tz), chosen
+
+    shared = inspect.signature(common, eval_str=True, locals=globals()).parameters
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[2:]
+
+    def run(**given: Any) -> None:
+        recorded, chosen = common(**{name: given.pop(name) for name in shared})
+        command(recorded, chosen, **given)
+
+    # Typer takes options from the signature.
+    made: Any = run
+    made.__name__, made.__doc__, made.__module__ = command.__name__, command.__doc__, command.__module__
+    made.__signature__ = inspect.Signature([*shared.values(), *own])
+    made.__annotations__ = {name: one.annotation for name, one in made.__signature__.parameters.items()}
+    return run

@@ -117,7 +117,7 @@ def panel_data(outcome: Outcome, pinned: Outcome | None = None) -> list[dict[str
 
 
 def _memory(outcome: Outcome) -> tuple[Any, dict[str, Any]]:
-    families = outcome.predicted.families
+    families = outcome.families
     at = np.unique(np.linspace(0, len(families) - 1, _POINTS).astype(int))
     part = families.iloc[at] / _MIB
     when = pd.to_datetime(part.index, unit="ms").to_numpy()

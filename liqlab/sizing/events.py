@@ -57,7 +57,7 @@ class Placed:
     visits: Ints
 
 
-def events(prepared: Prepared, settings: Settings, layout: Layout, *, exact: bool) -> Events:
+def events(prepared: Prepared, settings: Settings, layout: Layout, *, exact: bool, cleaned: bool) -> Events:
     """Return what the events take under settings.
 
     Parameters
@@ -67,6 +67,8 @@ def events(prepared: Prepared, settings: Settings, layout: Layout, *, exact: boo
     layout : Layout
     exact : bool
         Whether every block is encoded, for its size.
+    cleaned : bool
+        Whether a cleaner seals, every minute.
     """
     writer, retention, server, rows = settings.writer, settings.retention, settings.server, prepared.rows
     kind = (
@@ -86,9 +88,18 @@ def events(prepared: Prepared, settings: Settings, layout: Layout, *, exact: boo
         nodes = packed(starts)
         lost = np.repeat(_pushed(nodes, placed, maxlen, rows), nodes.stop - nodes.start)
     sealed = prepared.once(
-        ("seal", settings.shards, writer.layout, retention.hot_s, writer.block_bytes, writer.block_codec, exact)
+        (
+            "seal",
+            settings.shards,
+            writer.layout,
+            retention.hot_s,
+            writer.block_bytes,
+            writer.block_codec,
+            exact,
+            cleaned,
+        )
         + ((maxlen, *kind, *limits) if lost is not None else ()),
-        lambda: _sealed(prepared, settings, placed, lost, exact),
+        lambda: _sealed(prepared, settings, placed, lost, exact, cleaned),
     )
     cuts = np.zeros((settings.shards, rows), np.int64)
     for number, one in sealed.items():
@@ -209,14 +220,14 @@ def _pushed(nodes: Nodes, placed: Placed, maxlen: int, rows: int) -> Ints:
 
 
 def _sealed(
-    prepared: Prepared, settings: Settings, placed: Placed, lost: Ints | None, exact: bool
+    prepared: Prepared, settings: Settings, placed: Placed, lost: Ints | None, exact: bool, cleaned: bool
 ) -> dict[int, Blocks]:
     back = np.empty_like(placed.place)
     back[placed.place] = np.arange(len(back))
     shard = placed.shard[back]
     left = None if lost is None else lost[back]
     return {
-        number: seal(prepared, settings, which, None if left is None else left[which], exact=exact)
+        number: seal(prepared, settings, which, None if left is None else left[which], exact=exact, cleaned=cleaned)
         for number in prepared.present(settings.shards)
         if len(which := np.flatnonzero(shard == number).astype(np.int64))
     }

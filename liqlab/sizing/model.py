@@ -134,6 +134,7 @@ def predict(
     *,
     step: str = "minute",
     exact: bool = False,
+    cleaned: bool = False,
 ) -> Predicted:
     """Predict what `liqlab.ingest(events, redis, settings=settings)` leaves on a server, without a server.
 
@@ -150,6 +151,8 @@ def predict(
     exact : bool
         Whether every sealed block is encoded to know its size (about 20 us an event); else a few samples of the feed
         are, and when the last block was sealed is a guess: hot events may be off by up to a block.
+    cleaned : bool
+        Whether a `liqlab.cleanup.Cleaner` runs, which seals every minute; its other work is not predicted.
 
     Returns
     -------
@@ -171,7 +174,7 @@ def predict(
     # Batches then wait one behind the other.
     crowded = int(np.diff(prepared.stop, prepend=0).max()) > settings.writer.bulk_events
     buffers = calibration.buffer_bytes if crowded else 0
-    parts, held = _parts(prepared, settings, layout, exact)
+    parts, held = _parts(prepared, settings, layout, exact, cleaned)
 
     count = {name: np.rint(part.keys).astype(np.int64) for name, part in parts.items()}
     every = np.sum(list(count.values()), axis=0)
@@ -206,18 +209,18 @@ def predict(
 
 
 def _parts(
-    prepared: Prepared, settings: Settings, layout: Layout, exact: bool
+    prepared: Prepared, settings: Settings, layout: Layout, exact: bool, cleaned: bool
 ) -> tuple[dict[str, Family], dict[str, Any]]:
     """Return every family, each remembered under what it depends on."""
     retention, writer, shards = settings.retention, settings.writer, settings.shards
     found = prepared.once(
         (
-            "events", layout, exact, shards, writer.layout, writer.codec, writer.block_codec, writer.block_bytes,
-            (writer.hybrid_events, writer.bulk_events) if writer.layout == "hybrid" else 0,
+            "events", layout, exact, cleaned, shards, writer.layout, writer.codec, writer.block_codec,
+            writer.block_bytes, (writer.hybrid_events, writer.bulk_events) if writer.layout == "hybrid" else 0,
             settings.server.stream_node_max_bytes, settings.server.stream_node_max_entries, retention.hot_s,
             retention.events_s, retention.events_maxlen, retention.shared_maxlen,
         ),
-        lambda: events_of(prepared, settings, layout, exact=exact),
+        lambda: events_of(prepared, settings, layout, exact=exact, cleaned=cleaned),
     )  # fmt: skip
     parts = {"events": found.hot, "blocks": found.blocks}
     parts["names"] = prepared.once(("names", layout, shards), lambda: families.names(prepared, settings, layout))

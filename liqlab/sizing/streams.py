@@ -18,7 +18,7 @@ from liqlab.sizing.entries import Entries
 from liqlab.sizing.prepare import Prepared
 from liqlab.sizing.structures import Floats, Ints
 
-SEAL_MS: Final = 5 * MINUTE_MS  # as liqlab.replay and liqlab.cleanup do
+SEAL_MS: Final = 5 * MINUTE_MS  # as liqlab.replay does by itself
 _STEPS: Final = (1 << 7, 1 << 12, 1 << 15, 1 << 23)  # from which on a difference in time takes a byte more
 _ENTRY, _TYPICAL, _MOST_EACH, _FITS = 64, 5, 32, 6  # liqlab.sealing
 _SAMPLES: Final = 24  # places of the feed at which blocks are encoded
@@ -150,7 +150,9 @@ class Blocks:
     cut_ms: Ints
 
 
-def seal(prepared: Prepared, settings: Settings, which: Ints, lost: Ints | None, *, exact: bool) -> Blocks:
+def seal(
+    prepared: Prepared, settings: Settings, which: Ints, lost: Ints | None, *, exact: bool, cleaned: bool
+) -> Blocks:
     """Follow `liqlab.sealing` through the feed: which events go into which block, and when.
 
     Parameters
@@ -161,7 +163,10 @@ def seal(prepared: Prepared, settings: Settings, which: Ints, lost: Ints | None,
         The row in which MAXLEN pushes each out, m for never.
     exact : bool
         Whether every block is encoded, as sealing would; else sizes are those of samples of the feed.
+    cleaned : bool
+        Whether a cleaner seals, every minute.
     """
+    every_ms = MINUTE_MS if cleaned else SEAL_MS
     times, rows = prepared.columns.ts_ms[which], prepared.rows
     limits = prepared.now_ms - 1000 * settings.retention.hot_s
     room = settings.writer.block_bytes - _ENTRY
@@ -173,7 +178,7 @@ def seal(prepared: Prepared, settings: Settings, which: Ints, lost: Ints | None,
     for row, now_ms in enumerate(prepared.now_ms.tolist()):
         if now_ms < next_ms and row < rows - 1:
             continue
-        next_ms = now_ms + SEAL_MS
+        next_ms = now_ms + every_ms
         left = np.arange(start, ready[row])
         if lost is not None:
             left = left[lost[left] > row]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,10 @@ import pandas as pd
 from liqlab import clock, schema
 from liqlab.settings import Settings
 from liqlab.sizing import Calibration, Predicted, Prepared, predict
+from liqlab.sizing.structures import LEAF, PREALLOCATED, Floats, Ints, Layout
 from liqlab.tuning.alerts import Quality, quality
+
+_MS_DIGITS: Final = 13  # of a time, which is what a cooldown's key holds
 
 
 @dataclass(frozen=True)
@@ -28,17 +31,35 @@ class Outcome:
         Thresholds and alerts beside those of exact history.
     rate_per_h : float
         Events an hour of the feed.
+    layout : Layout
+        How the server lays objects out.
     """
 
     settings: Settings
     predicted: Predicted
     quality: Quality
     rate_per_h: float
+    layout: Layout
 
     @property
     def maxmemory(self) -> int:
         """Bytes that the server may use."""
         return self.settings.server.maxmemory
+
+    @cached_property
+    def families(self) -> pd.DataFrame:
+        """`predicted.families`, and what the detector writes: signals, a stream a symbol, and cooldowns."""
+        alerts, retention, layout = self.quality.fidelity.found, self.settings.retention, self.layout
+        rows = self.predicted.families.index.to_numpy()
+        length = alerts["symbol"].str.len().to_numpy().astype(np.int64)
+        node = min(PREALLOCATED, self.settings.server.stream_node_max_bytes)
+        stream = layout.key(length + len("signal:")) + layout.stream + layout.alloc(node) + layout.alloc(LEAF)
+        again = alerts.groupby("symbol")["ts_ms"].shift(-1).fillna(np.inf).to_numpy()
+        times = alerts["ts_ms"].to_numpy()
+        signal = _through(rows, times, np.minimum(times + 1000.0 * retention.signal_s, again), stream)
+        string = layout.string(length + len("alert::sell"), _MS_DIGITS)
+        cooldown = _through(rows, times, times + 1000.0 * retention.cooldown_s, string)
+        return self.predicted.families.assign(signal=signal, cooldown=cooldown)
 
     @cached_property
     def shares(self) -> pd.DataFrame:
@@ -47,8 +68,7 @@ class Outcome:
         Streams come to their budget sooner or later, and cleanup keeps them there: their headroom is what is still free
         at the end of the feed.
         """
-        predicted, budget = self.predicted, self.settings.budget.model_dump()
-        families = predicted.families
+        predicted, families, budget = self.predicted, self.families, self.settings.budget.model_dump()
         share = [schema.BY_NAME[str(name)].share for name in families]
         most = families.T.groupby(share).sum().T.max()
         most["buffer"] = predicted.base_bytes + predicted.scripts_bytes
@@ -114,6 +134,15 @@ class Outcome:
         }
 
 
+def _through(rows: Ints, born: Any, gone: Any, size: Any) -> Floats:
+    """Return what exists at the end of the minute that begins at each of `rows`."""
+    ends = rows + clock.MINUTE_MS
+    steps = np.zeros(len(rows) + 1)
+    np.add.at(steps, np.searchsorted(ends, born, side="right"), size)
+    np.add.at(steps, np.searchsorted(ends, gone, side="right"), -np.asarray(size, np.float64))
+    return np.cumsum(steps)[:-1]
+
+
 def evaluate(
     prepared: Prepared,
     settings: Settings,
@@ -141,5 +170,6 @@ def evaluate(
     window_s = window_s or settings.retention.percentile_window_s
     times = prepared.columns.ts_ms
     hours = max(float(times[-1] - times[0]) / clock.HOUR_MS, 1 / 60)
-    found = predict(prepared, settings, calibration)
-    return Outcome(settings, found, quality(prepared, settings, window_s), len(times) / hours)
+    known = calibration or Calibration()
+    found = predict(prepared, settings, known, cleaned=True)
+    return Outcome(settings, found, quality(prepared, settings, window_s), len(times) / hours, known.layout)

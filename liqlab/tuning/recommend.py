@@ -65,12 +65,15 @@ class Recommendation:
         From `sweep`, and whether each row holds.
     events : pandas.DataFrame
         The feed at that rate.
+    window_s : int
+        Of which trailing window thresholds should be.
     """
 
     outcome: Outcome
     limits: pd.DataFrame
     tried: pd.DataFrame
     events: pd.DataFrame
+    window_s: int
 
     @property
     def settings(self) -> Settings:
@@ -90,12 +93,12 @@ class Recommendation:
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers and text, for JSON."""
         return {
+            **self.outcome.as_dict(),
             "holds": self.holds,
             "binds": self.binds,
             "limits": self.limits.reset_index().to_dict("records"),
             "tried": len(self.tried),
             "holding": int(self.tried["holds"].sum()),
-            **self.outcome.as_dict(),
         }
 
 
@@ -163,7 +166,7 @@ def recommend(
     best = _best(tried, excess, base, names)
     chosen = {name: _plain(tried.at[best, name]) for name in names}
     outcome = evaluate(prepared, changed(base, chosen), calibration, window_s=retention.percentile_window_s)
-    return Recommendation(outcome, _limits(outcome, wanted, recall), tried, events)
+    return Recommendation(outcome, _limits(outcome, wanted, recall), tried, events, retention.percentile_window_s)
 
 
 def _fitted(outcome: Outcome) -> dict[str, float]:

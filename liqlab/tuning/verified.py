@@ -101,11 +101,10 @@ async def verify(
     await redis.script_flush("SYNC")  # what its interpreters leave comes and goes
     memory = await redis.info("memory")
     used = int(memory["used_memory"]) - int(memory.get("mem_clients_normal", 0))
-    rows: dict[str, tuple[float, float]] = {
-        "used_memory": (found.predicted.base_bytes + found.predicted.data_bytes, used),
-    }
+    last = found.families.iloc[-1]
+    rows: dict[str, tuple[float, float]] = {"used_memory": (found.predicted.base_bytes + float(last.sum()), used)}
     for name, size in measured.families["bytes"].items():
-        rows[f"{name} bytes"] = (float(found.predicted.table["bytes"].get(name, np.nan)), float(size))
+        rows[f"{name} bytes"] = (float(last.get(str(name), np.nan)), float(size))
     model = found.quality.fidelity
     rows["events held"] = (found.predicted.events_kept, done.held)
     rows["alerts"] = (len(model.found), len(alerts.found))
