@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -163,13 +162,14 @@ def app(
 
     Example: liqlab app --feed data/normal-6h.jsonl.gz --no-browser
     """
-    from liqlab.widgets.app import command, environment
+    from liqlab.report.execute import environment
+    from liqlab.widgets.app import command, with_template
 
     with tempfile.TemporaryDirectory(prefix="liqlab-app-") as folder:
-        words = command(Path(folder), recorded.events, chosen, export_to.absolute(), port=port, browser=browser)
+        words = command(Path(folder), recorded.events, export_to.absolute(), port=port, browser=browser)
         log.print(f"http://127.0.0.1:{port}/  Ctrl-C stops it.")
         try:
-            code = asyncio.run(_until_done(words, environment(os.environ)))
+            code = asyncio.run(_until_done(words, with_template(environment(chosen))))
         except KeyboardInterrupt:
             return
     raise typer.Exit(code)

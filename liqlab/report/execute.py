@@ -107,7 +107,7 @@ def run(
             str(working).replace("{", "{{").replace("}", "}}"),  # papermill fills in what is between braces
             values,
             kernel_name="python3",
-            kernel_manager_class=_kernel(_environment(settings or load())),
+            kernel_manager_class=_kernel(environment(settings or load())),
             execution_timeout=CELL_TIMEOUT_S,
             store_widget_state=False,
             progress_bar=False,
@@ -147,14 +147,14 @@ def _sentence(error: Exception) -> str:
     return text if kind in {curable.__name__ for curable in CURABLE} else f"{kind}: {text.partition(chr(10))[0]}"
 
 
-def _environment(settings: Settings) -> dict[str, str]:
+def environment(settings: Settings) -> dict[str, str]:
     """Return this process's environment, with `settings` in the place of its own."""
     sections = settings.model_dump(mode="json", exclude={"redis_url"})
     ours = {f"{ENV_PREFIX}{name.upper()}": json.dumps(value) for name, value in sections.items()}
     return {name: value for name, value in os.environ.items() if not name.upper().startswith(ENV_PREFIX)} | ours
 
 
-def _kernel(environment: dict[str, str]) -> type:
+def _kernel(variables: dict[str, str]) -> type:
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
@@ -167,7 +167,7 @@ def _kernel(environment: dict[str, str]) -> type:
             return KernelSpec(**get_kernel_dict(extra_arguments=["--log-level=ERROR"]))
 
         async def start_kernel(self, **kw: Any) -> None:  # type: ignore[override]
-            await AsyncKernelManager.start_kernel(self, **kw, env=environment)
+            await AsyncKernelManager.start_kernel(self, **kw, env=variables)
 
     return ThisPython
 

@@ -152,7 +152,7 @@ def predict(
         Whether every sealed block is encoded to know its size (about 20 us an event); else a few samples of the feed
         are, and when the last block was sealed is a guess: hot events may be off by up to a block.
     cleaned : bool
-        Whether a `liqlab.cleanup.Cleaner` runs, which seals every minute; its other work is not predicted.
+        Whether a `liqlab.cleanup.Cleaner` runs, which seals more often; its other work is not predicted.
 
     Returns
     -------
@@ -215,8 +215,9 @@ def _parts(
     retention, writer, shards = settings.retention, settings.writer, settings.shards
     found = prepared.once(
         (
-            "events", layout, exact, cleaned, shards, writer.layout, writer.codec, writer.block_codec,
-            writer.block_bytes, (writer.hybrid_events, writer.bulk_events) if writer.layout == "hybrid" else 0,
+            "events", layout, exact, cleaned and settings.cleanup.compact_s, shards, writer.layout, writer.codec,
+            writer.block_codec, writer.block_bytes,
+            (writer.hybrid_events, writer.bulk_events) if writer.layout == "hybrid" else 0,
             settings.server.stream_node_max_bytes, settings.server.stream_node_max_entries, retention.hot_s,
             retention.events_s, retention.events_maxlen, retention.shared_maxlen,
         ),

@@ -22,7 +22,7 @@ SEAL_MS: Final = 5 * MINUTE_MS  # as liqlab.replay does by itself
 _STEPS: Final = (1 << 7, 1 << 12, 1 << 15, 1 << 23)  # from which on a difference in time takes a byte more
 _ENTRY, _TYPICAL, _MOST_EACH, _FITS = 64, 5, 32, 6  # liqlab.sealing
 _SAMPLES: Final = 24  # places of the feed at which blocks are encoded
-_COUNTS: Final = (256, 1024, 4096)  # of events in such a block
+_COUNTS: Final = (16, 64, 256, 1024, 4096)  # of events in such a block
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,10 @@ def seal(
     exact : bool
         Whether every block is encoded, as sealing would; else sizes are those of samples of the feed.
     cleaned : bool
-        Whether a cleaner seals, every minute.
+        Whether a cleaner seals, every minute, and once in `cleanup.compact_s` what does not fill a block too.
     """
-    every_ms = MINUTE_MS if cleaned else SEAL_MS
+    every_ms, compact_ms = (MINUTE_MS if cleaned else SEAL_MS), round(1000 * settings.cleanup.compact_s)
+    next_compact_ms = int(prepared.start_ms[0]) + compact_ms
     times, rows = prepared.columns.ts_ms[which], prepared.rows
     limits = prepared.now_ms - 1000 * settings.retention.hot_s
     room = settings.writer.block_bytes - _ENTRY
@@ -179,12 +180,15 @@ def seal(
         if now_ms < next_ms and row < rows - 1:
             continue
         next_ms = now_ms + every_ms
+        partial = cleaned and now_ms >= next_compact_ms
+        if partial:
+            next_compact_ms = now_ms + compact_ms
         left = np.arange(start, ready[row])
         if lost is not None:
             left = left[lost[left] > row]
-        while len(left) >= least:
+        while len(left) >= (1 if partial else least):
             count, size, full = _fitting(times[left], room, sizer, left)
-            if not full:
+            if not full and not partial:
                 break
             start = int(left[count - 1]) + 1
             left = left[count:]

@@ -4,10 +4,10 @@
 within constraints, and `verify` plays the feed on a real server and puts measured beside predicted.
 """
 
-from liqlab.tuning.extrapolate import extrapolate
+from liqlab.tuning.constraints import Constraints, Recommendation, recommend
 from liqlab.tuning.outcome import Outcome, evaluate
-from liqlab.tuning.recommend import Constraints, Recommendation, recommend
-from liqlab.tuning.sweep import SPACE, pareto, sweep
+from liqlab.tuning.rates import extrapolate
+from liqlab.tuning.search import SPACE, pareto, sweep
 from liqlab.tuning.verified import Verified, verify
 
 __all__ = [

@@ -160,7 +160,7 @@ class _Asked:
         place = group * span + ms - self._origin
         after = np.searchsorted(place, place + 1000 * settings.retention.cooldown_s).tolist()
         kept, starts = [], run_starts(group).tolist()
-        for at, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+        for at, end in zip(starts, [*starts[1:], len(rows)][: len(starts)], strict=True):
             while at < end:
                 kept.append(at)
                 at = after[at]

@@ -35,7 +35,10 @@ class RangeQuantiles:
             code = np.concatenate([code[low], code[~low]])
 
     def quantiles(self, start: Ints, middle: Ints, stop: Ints, part: Floats, q: ArrayLike) -> tuple[Floats, Floats]:
-        """Return the smallest value of each range up to which at least the part q of its weight lies.
+        """Return the k-th smallest value of each range, k being the part q of its weight, rounded up.
+
+        That is numpy's ``inverted_cdf``; where values count in part, the one at which k - 1/2 are counted, as a sketch
+        has it (`liqlab.quantiles.Distribution.quantiles`).
 
         Parameters
         ----------
@@ -52,7 +55,7 @@ class RangeQuantiles:
             NaN where the range has no weight; and what it weighs.
         """
         weight = part * (middle - start) + (stop - middle)
-        target = np.asarray(q, np.float64) * weight * (1 - 1e-12)
+        target = np.maximum(np.ceil(np.asarray(q, np.float64) * weight * (1 - 1e-12)), 1) - 0.5
         code = np.zeros(len(start), np.int64)
         for zeros, of_all in self._levels:
             starts, middles, stops = zeros[start], zeros[middle], zeros[stop]

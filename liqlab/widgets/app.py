@@ -10,9 +10,6 @@ from typing import Final
 import nbformat
 import pandas as pd
 
-from liqlab.config import toml
-from liqlab.settings import Settings
-
 _TEMPLATES: Final = Path(__file__).with_name("share")
 _CELL: Final = """\
 import pandas as pd
@@ -26,12 +23,9 @@ widgets.panel(pd.read_parquet({events!r}), chosen, calibration=known, export_to=
 """
 
 
-def command(
-    folder: Path, events: pd.DataFrame, settings: Settings, export_to: Path, *, port: int, browser: bool
-) -> list[str]:
+def command(folder: Path, events: pd.DataFrame, export_to: Path, *, port: int, browser: bool) -> list[str]:
     """Lay out a folder with a notebook of one cell, and return the words after `python` that serve it."""
     events.to_parquet(folder / "events.parquet")
-    (folder / "liqlab.toml").write_text(toml(settings))
     cell = nbformat.v4.new_code_cell(  # type: ignore[no-untyped-call]
         _CELL.format(events=str(folder / "events.parquet"), export=str(export_to))
     )
@@ -42,7 +36,7 @@ def command(
     return words if browser else [*words, "--no-browser"]
 
 
-def environment(given: Mapping[str, str]) -> dict[str, str]:
+def with_template(variables: Mapping[str, str]) -> dict[str, str]:
     """Return an environment in which Voila finds liqlab's template."""
-    paths = [str(_TEMPLATES), *filter(None, [given.get("JUPYTER_PATH")])]
-    return {**given, "JUPYTER_PATH": os.pathsep.join(paths)}
+    paths = [str(_TEMPLATES), *filter(None, [variables.get("JUPYTER_PATH")])]
+    return {**variables, "JUPYTER_PATH": os.pathsep.join(paths)}

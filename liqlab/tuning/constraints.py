@@ -12,9 +12,9 @@ import pandas as pd
 from liqlab.feeds import Feed
 from liqlab.settings import Settings, changed, load
 from liqlab.sizing import Calibration, prepare
-from liqlab.tuning.extrapolate import extrapolate
 from liqlab.tuning.outcome import Outcome, evaluate
-from liqlab.tuning.sweep import SPACE, Progress, sweep
+from liqlab.tuning.rates import extrapolate
+from liqlab.tuning.search import SPACE, Progress, sweep
 
 _SLACK: Final = 1.25  # of a fitted share
 _LEAST: Final = 0.01  # of maxmemory, for any share: what is empty today may not be tomorrow
