@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.rows import record
 from liqlab import clock, read_feed, serve, server, synth
-from liqlab.events import event_table
 from liqlab.comparison import methods_compared
+from liqlab.events import event_table
 
 RECORDINGS = Path(__file__).resolve().parents[2] / "shared/feeds/recordings"
 T0 = 20_000 * clock.DAY_MS

@@ -11,7 +11,7 @@ that was killed and looks at the same events again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Final
@@ -54,6 +54,7 @@ return -1
 """
 
 Progress = Callable[[int, int], None]
+Rows = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
@@ -135,35 +136,70 @@ class Detector:
             Raised by this call; what another detector has raised already is not among them.
         """
         columns = Columns.of(check(events))
-        if not len(columns):
-            return []
-        volume = await self._volumes(columns)
-        detector = self.settings.detector
-        least = np.array([detector.min_usd_of.get(symbol, detector.min_usd) for symbol in columns.symbols])
-        likely = np.flatnonzero((columns.notional >= least[columns.symbol]) & (volume >= detector.volume_usd))
-        raised = []
-        for row in likely.tolist():
-            symbol, side, ms = columns.symbols[columns.symbol[row]], SIDES[columns.side[row]], int(columns.ts_ms[row])
-            if ms < self._last.get((symbol, side), -1) + 1000 * self.settings.retention.cooldown_s:
-                continue
-            trailing, threshold = await self._threshold(symbol, ms)
-            notional = float(columns.notional[row])
-            if not notional >= threshold:
-                continue
-            alert = Alert(
-                ts_ms=ms,
-                symbol=symbol,
-                side=side,
-                exchange=columns.exchanges[columns.exchange[row]],
-                price=float(columns.price[row]),
-                notional=notional,
-                threshold=threshold,
-                rank=float(trailing.rank([notional])[0]),
-                volume=float(volume[row]),
-            )
-            if await self._raise(alert):
-                raised.append(alert)
+        return await self.judge(columns, *await self.candidates(columns)) if len(columns) else []
+
+    async def candidates(self, events: Columns) -> tuple[Rows, NDArray[np.float64]]:
+        """Return which rows are large enough in USD and in a volume that is, and the volume of every row.
+
+        Whatever is at or above its percentile among these is an alert, outside of a cooldown.
+
+        Parameters
+        ----------
+        events : Columns
+            In time order, going on where those of the last call ended; at least one.
+        """
+        volume, detector = await self._volumes(events), self.settings.detector
+        least = np.array([detector.min_usd_of.get(symbol, detector.min_usd) for symbol in events.symbols])
+        return np.flatnonzero((events.notional >= least[events.symbol]) & (volume >= detector.volume_usd)), volume
+
+    async def judge(self, events: Columns, rows: Rows, volume: NDArray[np.float64]) -> list[Alert]:
+        """Raise those of `rows` that are alerts.
+
+        Parameters
+        ----------
+        events, rows, volume
+            Of `candidates`; some of the rows at a time, in their order.
+
+        Returns
+        -------
+        list of Alert
+            As `look`.
+        """
+        raised: list[Alert] = []
+        numbers = events.ts_ms[rows] // (1000 * self.settings.detector.refresh_s)
+        for start, stop in pairwise([*run_starts(numbers).tolist(), len(rows)]):
+            part = rows[start:stop]
+            part = part[~self.quiet(events, part)]
+            await self._ask([events.symbols[code] for code in np.unique(events.symbol[part]).tolist()], numbers[start])
+            limits = {code: self._known[events.symbols[code]][2] for code in np.unique(events.symbol[part]).tolist()}
+            for row in part[events.notional[part] >= [limits[code] for code in events.symbol[part].tolist()]].tolist():
+                symbol, side = events.symbols[events.symbol[row]], SIDES[events.side[row]]
+                ms, notional = int(events.ts_ms[row]), float(events.notional[row])
+                if ms < self._last.get((symbol, side), -1) + 1000 * self.settings.retention.cooldown_s:
+                    continue
+                _, trailing, threshold = self._known[symbol]
+                alert = Alert(
+                    ts_ms=ms,
+                    symbol=symbol,
+                    side=side,
+                    exchange=events.exchanges[events.exchange[row]],
+                    price=float(events.price[row]),
+                    notional=notional,
+                    threshold=threshold,
+                    rank=float(trailing.rank([notional])[0]),
+                    volume=float(volume[row]),
+                )
+                if await self._raise(alert):
+                    raised.append(alert)
         return raised
+
+    def quiet(self, events: Columns, rows: Rows) -> NDArray[np.bool_]:
+        """Return which of some rows are in the cooldown of an alert that is known of."""
+        cooldown_ms = 1000 * self.settings.retention.cooldown_s
+        groups, group = np.unique(2 * events.symbol[rows].astype(np.int64) + events.side[rows], return_inverse=True)
+        sides = [(events.symbols[number // 2], SIDES[number % 2]) for number in groups.tolist()]
+        until_ms = np.array([self._last.get(side, -1) + cooldown_ms for side in sides], np.int64)
+        return np.asarray(events.ts_ms[rows] < until_ms[group])
 
     async def follow(self) -> AsyncIterator[list[Alert]]:
         """Look at what is written to Redis as it is written, and yield the alerts of each look that raised any.
@@ -198,16 +234,18 @@ class Detector:
         self._recent = known.rows(slice(int(np.searchsorted(times, times[-1] - span_ms, side="right")), None))
         return volume[-len(events) :]
 
-    async def _threshold(self, symbol: str, ms: int) -> tuple[Distribution, float]:
+    async def _ask(self, symbols: Sequence[str], number: int) -> None:
+        """Learn the thresholds of symbols, as of the begin of the `number`-th refresh, where older ones are known."""
         detector = self.settings.detector
-        number = ms // (1000 * detector.refresh_s)
-        if symbol not in self._known or self._known[symbol][0] < number:
-            trailing = await self.method.distribution(symbol, end_ms=1000 * detector.refresh_s * number - 1)
-            # Of fewer events than that the percentile is the largest of them, or none.
-            enough = trailing.count * (100 - detector.percentile) >= 100
-            threshold = float(trailing.quantiles([detector.percentile / 100])[0]) if enough else np.inf
-            self._known[symbol] = number, trailing, threshold
-        return self._known[symbol][1:]
+        asked = [symbol for symbol in symbols if symbol not in self._known or self._known[symbol][0] < number]
+        for at in range(0, len(asked), _PAGE):
+            page = asked[at : at + _PAGE]
+            found = await self.method.distributions(page, end_ms=1000 * detector.refresh_s * int(number) - 1)
+            for symbol, trailing in zip(page, found, strict=True):
+                # Of fewer events than that the percentile is the largest of them, or none.
+                enough = trailing.count * (100 - detector.percentile) >= 100
+                threshold = float(trailing.quantiles([detector.percentile / 100])[0]) if enough else np.inf
+                self._known[symbol] = number, trailing, threshold
 
     async def _raise(self, alert: Alert) -> bool:
         """Claim an alert for its symbol and side, and signal it; return whether nobody had."""
@@ -261,10 +299,14 @@ async def backtest(events: pd.DataFrame, detector: Detector, *, progress: Progre
     progress : callable, optional
         Called with (events looked at, events in all).
     """
-    columns, found = Columns.of(check(events)), []
-    minutes = run_starts(columns.ts_ms // clock.MINUTE_MS)
-    for start, stop in pairwise([*minutes.tolist(), len(events)]):
-        found += await detector.look(events.iloc[start:stop])
+    columns, found = Columns.of(check(events)), list[Alert]()
+    if not len(columns):
+        return table(found)
+    rows, volume = await detector.candidates(columns)
+    stops = [*run_starts(columns.ts_ms // clock.MINUTE_MS).tolist()[1:], len(columns)]
+    ends = np.searchsorted(rows, stops).tolist()
+    for (start, stop), (first, last) in zip(pairwise([0, *stops]), pairwise([0, *ends]), strict=True):
+        found += await detector.judge(columns, rows[first:last], volume)
         await detector.method.add(columns.rows(slice(start, stop)))
         if progress:
             progress(stop, len(events))

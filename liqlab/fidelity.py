@@ -1,22 +1,38 @@
-"""What retention costs in alerts: those of a run beside those of a detector that forgets nothing."""
+"""Play a feed through the whole system on the feed's clock, and say what its settings cost.
+
+Memory by family, percentiles beside those of every value, alerts beside those of a detector that forgets nothing.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pandas as pd
 from redis.asyncio import Redis
 
+from liqlab import clock
+from liqlab.budget import measure
 from liqlab.cleanup import Cleaner
 from liqlab.detector import Detector, backtest
+from liqlab.events import Columns, check
 from liqlab.feeds import Feed
-from liqlab.percentiles import METHODS
-from liqlab.replay import Progress, ingest
+from liqlab.percentiles import METHODS, Method, Unlimited
+from liqlab.replay import Ingested, Progress, ingest
 from liqlab.settings import Settings, load
 
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
 _FIGURES: Final = ("ts_ms", "notional", "threshold", "rank")
+_MOMENTS: Final = 24  # at which percentiles are compared
+_BUSIEST: Final = 4  # symbols whose percentiles are
+_ALL: Final = 1_000_000  # keys of a family that are measured: a sample depends on the order of a scan
+_SETTLE_S: Final = 0.25  # longer than the server needs from one look at its tables to the next
+_LOOKS: Final = 20
 _COLUMNS: Final = [
     *("symbol", "side", "what", "delay_s"),
     *(f"{name}_{whose}" for name in _FIGURES for whose in ("true", "found")),
@@ -149,12 +165,223 @@ async def fidelity(
         As `liqlab.ingest`.
     """
     settings = settings or load()
+    found = METHODS[method](redis, settings=settings)
+    return (await _played(feed, redis, settings, found, cleaner, progress))[1]
+
+
+async def _played(
+    feed: Feed | pd.DataFrame,
+    redis: Redis,
+    settings: Settings,
+    method: Method,
+    cleaner: Cleaner | None,
+    progress: Progress | None,
+    moments: Sequence[int] = (),
+    visit: Callable[[int], Awaitable[None]] | None = None,
+) -> tuple[Ingested, Fidelity]:
     events = feed.events if isinstance(feed, Feed) else feed
 
     def after(begun: int) -> Progress | None:
         return progress and (lambda done, total: progress(begun + done, 2 * total))
 
-    detector = Detector(redis, method=METHODS[method](redis, settings=settings), settings=settings)
-    done = await ingest(feed, redis, settings=settings, cleaner=cleaner, detector=detector, progress=after(0))
+    done = await ingest(
+        feed,
+        redis,
+        settings=settings,
+        cleaner=cleaner,
+        detector=Detector(redis, method=method, settings=settings),
+        moments=moments,
+        visit=visit,
+        progress=after(0),
+    )
     true = await backtest(events, Detector(None, settings=settings), progress=after(len(events)))
-    return compare(done.alerts, true, within_s=settings.retention.cooldown_s)
+    return done, compare(done.alerts, true, within_s=settings.retention.cooldown_s)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a feed left behind on a real server, and what was known on the way.
+
+    Attributes
+    ----------
+    ingested : Ingested
+        What was written, sealed, trimmed, expired and evicted.
+    table : pandas.DataFrame
+        At the end, by family: share, keys, members, bytes, and of its share share_bytes, budget_bytes and over.
+    fidelity : Fidelity
+        Alerts beside the true ones.
+    errors : pandas.DataFrame
+        Percentiles of the trailing window, of the busiest symbols at up to 24 moments: ts_ms, symbol, percentile, found
+        (USD, as the server's sketches say), exact (as every value says) and error_pct.
+    maxmemory : int
+        Bytes.
+    """
+
+    ingested: Ingested
+    table: pd.DataFrame
+    fidelity: Fidelity
+    errors: pd.DataFrame
+    maxmemory: int
+
+    @property
+    def timeline(self) -> pd.DataFrame:
+        """Through the feed's time: ts_ms, events (so far), used_memory (bytes), keys."""
+        return self.ingested.timeline
+
+    @property
+    def lost(self) -> dict[str, int]:
+        """The parts of `events_lost`.
+
+        ``trimmed`` by MAXLEN, or to the bytes that cleanup allows; ``expired`` with their stream or block; ``evicted``
+        is the rest: what went with a key that the server evicted, and what nobody counted (blocks of `msgpack-zlib`
+        and the strategies `pipeline` and `single` do not tell what is trimmed of them).
+        """
+        done = self.ingested
+        parts = {"trimmed": done.trimmed + done.cleaned, "expired": done.aged}
+        return parts | {"evicted": done.events - done.held - sum(parts.values())}
+
+    @property
+    def events_lost(self) -> int:
+        """Events that were written and that Redis does not hold any more, neither hot nor in a block.
+
+        No archive has them: of what leaves Redis, liqlab keeps candles, not events.
+        """
+        return self.ingested.events - self.ingested.held
+
+    @property
+    def alerts_over_time(self) -> pd.DataFrame:
+        """By hour: ts_ms (its begin), true, found, same, precision and recall (0 to 1; NaN where there is none)."""
+        pairs, line = self.fidelity.pairs, self.timeline["ts_ms"] // clock.HOUR_MS
+        hour = (pairs["ts_ms_true"].fillna(pairs["ts_ms_found"]) // clock.HOUR_MS).astype("int64")
+        what = pd.crosstab(hour, pairs["what"]) if len(pairs) else pd.DataFrame()
+        hours = range(min([line.min(), *hour]), max([line.max(), *hour]) + 1)
+        what = what.reindex(index=hours, columns=["same", "missed", "extra"], fill_value=0)
+        table = pd.DataFrame(
+            {
+                "ts_ms": np.array(hours, np.int64) * clock.HOUR_MS,
+                "true": (what["same"] + what["missed"]).to_numpy(),
+                "found": (what["same"] + what["extra"]).to_numpy(),
+                "same": what["same"].to_numpy(),
+            }
+        )
+        for name, whole in (("precision", "found"), ("recall", "true")):
+            table[name] = table["same"] / table[whole].where(table[whole] > 0)
+        return table
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain numbers and text, for JSON; without the timeline and the single alerts."""
+        return {
+            "ingest": self.ingested.as_dict(),
+            "maxmemory": self.maxmemory,
+            "events_lost": self.events_lost,
+            "lost": self.lost,
+            "table": _records(self.table.reset_index()),
+            "fidelity": self.fidelity.as_dict(),
+            "errors": _records(self.errors),
+            "alerts_over_time": _records(self.alerts_over_time),
+        }
+
+    def plot(self) -> go.Figure:
+        """Return `liqlab.plots.replayed` of this: memory, percentile error and alerts through the feed's time."""
+        from liqlab import plots  # the one look upward, for who holds a result in a notebook
+
+        return plots.replayed(self)
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    return [{str(name): value for name, value in row.items()} for row in rows]
+
+
+async def replay(
+    feed: Feed | pd.DataFrame,
+    redis: Redis,
+    *,
+    settings: Settings | None = None,
+    method: str = "logbins",
+    percentiles: Sequence[float] = (95.0,),
+    cleaner: bool = True,
+    progress: Progress | None = None,
+) -> Replayed:
+    """Play a feed through the real system, all of it on the feed's clock, and compare it with unlimited history.
+
+    Writing, expiry, sealing, cleanup and the detector follow event time, as fast as the server goes. Two runs on fresh
+    servers give the same tables, as long as memory stays out of the tiers of pressure: those follow `used_memory` as
+    the server reports it, which no two processes have alike.
+
+    Parameters
+    ----------
+    feed : Feed or pandas.DataFrame
+        From `liqlab.read_feed`, or an event table.
+    redis : redis.asyncio.Redis
+        A private server without keys, from ``liqlab.serve(settings=settings)`` for the limits of `settings.server`.
+    settings : Settings, optional
+        `liqlab.settings.load()` when absent.
+    method : str
+        Where the detector's percentiles come from: a name in `liqlab.percentiles.METHODS`.
+    percentiles : sequence of float
+        Compared with the exact ones, 0 to 100.
+    cleaner : bool
+        Whether cleanup runs its schedule.
+    progress : callable, optional
+        Called with (events done, events in all), where each counts twice: played, and looked at with unlimited history.
+
+    Raises
+    ------
+    EventError, WriterError
+        As `liqlab.ingest`.
+    """
+    settings = settings or load()
+    kept, truth = METHODS[method](redis, settings=settings), Unlimited(settings=settings)
+    events = check(feed.events if isinstance(feed, Feed) else feed)
+    symbols = [str(name) for name in events["symbol"].value_counts().index[:_BUSIEST] if len(events)]
+    await truth.add(Columns.of(events[events["symbol"].isin(symbols)]))
+    qs, rows = np.array(percentiles, np.float64) / 100, list[tuple[int, str, float, float, float]]()
+
+    async def visit(ms: int) -> None:
+        for symbol in symbols:
+            found, exact = [await one.quantiles(symbol, qs, end_ms=ms - 1) for one in (kept, truth)]
+            rows.extend(
+                (ms, symbol, *figures) for figures in zip(percentiles, found.tolist(), exact.tolist(), strict=True)
+            )
+
+    done, alerts = await _played(
+        feed,
+        redis,
+        settings,
+        kept,
+        Cleaner(redis, settings=settings) if cleaner else None,
+        progress,
+        _moments(events),
+        visit,
+    )
+    await _settled(redis)
+    measured = await measure(redis, settings=settings, limit=_ALL)
+    table = measured.families[["share", "keys", "members", "bytes"]].copy()
+    for name, column in (("share_bytes", "bytes"), ("budget_bytes", "budget_bytes")):
+        table[name] = table["share"].map(measured.table[column])
+    table["over"] = table["share"].isin(measured.over)
+    errors = pd.DataFrame(rows, columns=["ts_ms", "symbol", "percentile", "found", "exact"])
+    errors["error_pct"] = 100 * (errors["found"] / errors["exact"] - 1)
+    return Replayed(done, table, alerts, errors, measured.maxmemory)
+
+
+def _moments(events: pd.DataFrame) -> list[int]:
+    """Return whole minutes at about the same distance, an hour in a day's feed, the last behind the feed's end."""
+    if not len(events):
+        return []
+    first, last = (int(events["ts_ms"].iloc[at]) // clock.MINUTE_MS for at in (0, -1))
+    every = -(-(last + 1 - first) // _MOMENTS)
+    return [minute * clock.MINUTE_MS for minute in range(last + 1, first, -every)][::-1]
+
+
+async def _settled(redis: Redis) -> None:
+    """Wait until the server, in the background, has resized its tables of keys, whose bytes count as the keys'."""
+    before: Any = None
+    for _ in range(_LOOKS):
+        stats = await redis.memory_stats()
+        now = {name: value for name, value in stats.items() if "hashtable" in str(name) or str(name).startswith("db.")}
+        if now == before:
+            break
+        before = now
+        await asyncio.sleep(_SETTLE_S)

@@ -8,7 +8,7 @@ that has TDIGEST. `unlimited` is every value in the memory of this process: what
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -79,6 +79,10 @@ class Method(ABC):
     async def distribution(self, symbol: str, *, end_ms: int, window_s: int | None = None) -> Distribution:
         """Return the distribution of a symbol's trailing window; `retention.percentile_window_s` when absent."""
 
+    async def distributions(self, symbols: Sequence[str], *, end_ms: int) -> list[Distribution]:
+        """Return the distribution of each of several symbols, as `distribution` does."""
+        return [await self.distribution(symbol, end_ms=end_ms) for symbol in symbols]
+
     @abstractmethod
     async def memory(self, symbol: str) -> int:
         """Return the bytes of what is kept of a symbol, by MEMORY USAGE."""
@@ -111,6 +115,10 @@ class LogBins(Method):
         return await quantiles.distribution(
             self.redis, symbol, end_ms=end_ms, window_s=window_s, settings=self.settings
         )
+
+    async def distributions(self, symbols: Sequence[str], *, end_ms: int) -> list[Distribution]:
+        """See `liqlab.quantiles.distributions`: all in one round trip."""
+        return await quantiles.distributions(self.redis, symbols, end_ms=end_ms, settings=self.settings)
 
     async def memory(self, symbol: str) -> int:
         """See `liqlab.quantiles.memory`."""

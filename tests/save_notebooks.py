@@ -26,7 +26,8 @@ def cleaned(notebook: NotebookNode) -> NotebookNode:
         cell.metadata = {name: value for name, value in cell.metadata.items() if name == "tags"}
         for output in cell.get("outputs", []):
             if "application/vnd.plotly.v1+json" in output.get("data", {}):
-                output.data.pop("image/png", None)
+                for beside in ("image/png", "application/vnd.jupyter.widget-view+json"):
+                    output.data.pop(beside, None)
     notebook.metadata = {**KERNEL, "title": notebook.metadata["title"]}
     return notebook
 

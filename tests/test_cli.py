@@ -59,7 +59,9 @@ def test_every_command_is_documented_and_shows_an_example() -> None:
         assert f"liqlab {name}" in text.split("Example:")[1], name
 
 
-@pytest.mark.parametrize("name", ["serve", "ingest", "feeds inspect", "synth", "doctor", "quantiles", "detect"])
+@pytest.mark.parametrize(
+    "name", ["serve", "ingest", "feeds inspect", "synth", "doctor", "quantiles", "detect", "replay"]
+)
 def test_the_documented_example_runs(name: str, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "cli.md").read_text().split(f"## liqlab {name}\n")[1]
     _, *words = shlex.split(re.search(r"^\$ (.+)$", text, re.MULTILINE)[1])
@@ -84,6 +86,17 @@ def test_detect_says_what_another_method_would_have_missed() -> None:
     assert found["fidelity"]["recall"] < 0.95
     unknown = liqlab("detect", SAMPLE, "--method", "median")
     assert (unknown.returncode, "logbins" in unknown.stderr) == (2, True)
+
+
+def test_replay_says_what_was_lost_and_what_was_missed() -> None:
+    done = liqlab("replay", SAMPLE, "--percentile", "90", "--set", "retention.shared_maxlen=5000", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["events_lost"] == found["lost"]["trimmed"] > 0
+    assert {row["percentile"] for row in found["errors"]} == {90}
+    assert found["fidelity"]["recall"] > 0.99
+    wrong = liqlab("replay", SAMPLE, "--percentile", "100")
+    assert (wrong.returncode, "between 0 and 100" in wrong.stderr) == (2, True)
 
 
 async def test_detect_follows_a_running_server(default_server: Server, default_redis: Redis) -> None:

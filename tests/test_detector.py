@@ -117,6 +117,41 @@ async def test_a_symbol_and_side_are_quiet_for_a_cooldown(default_redis: Redis) 
     assert 0 < await default_redis.ttl("signal:A") <= 3_600
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+async def test_symbols_asked_for_together_answer_as_each_by_itself(default_redis: Redis, shards: int) -> None:
+    events, chosen = synth("normal", hours=3, seed=4, symbols=8), settings.load(shards=shards)
+    await Writer(default_redis, settings=chosen).write_table(events)
+    names, end_ms = [*events["symbol"].cat.categories, "NOBODY"], int(events["ts_ms"].iloc[-1])
+    for window_s in (600, 5_000, 86_400):
+        asked = {"end_ms": end_ms, "window_s": window_s, "settings": chosen}
+        together = await quantiles.distributions(default_redis, names, **asked)
+        for name, found in zip(names, together, strict=True):
+            alone = await quantiles.distribution(default_redis, name, **asked)
+            assert np.array_equal(
+                found.quantiles([0.05, 0.5, 0.99]), alone.quantiles([0.05, 0.5, 0.99]), equal_nan=True
+            )
+            assert found.count == alone.count
+            assert np.array_equal([found.least, found.most], [alone.least, alone.most], equal_nan=True)
+    assert together[-1].count == 0
+    whole = await quantiles.distribution(default_redis, end_ms=end_ms, settings=chosen)
+    assert whole.count == pytest.approx(sum(found.count for found in together))
+
+
+async def test_a_feed_judged_piece_by_piece_raises_what_it_does_minute_by_minute(default_redis: Redis) -> None:
+    """An ingest stops only where an event may be an alert; a detector that is shown every minute finds the same."""
+    events = synth("normal", hours=2, seed=6, symbols=20)
+    chosen = settings.load(detector={"percentile": 90.0, "volume_usd": 30_000.0})
+    done = await ingest(events, default_redis, settings=chosen, detector=Detector(default_redis, settings=chosen))
+    await default_redis.flushall()
+    detector, writer, found = Detector(default_redis, settings=chosen), Writer(default_redis, settings=chosen), []
+    for _, part in events.groupby(events["ts_ms"] // MINUTE):
+        minute = part.reset_index(drop=True)
+        found += await detector.look(minute)
+        await writer.write_table(minute)
+    assert keys(table(found)) == keys(done.alerts)
+    assert len(found) > 20
+
+
 async def test_signals_stay_for_an_hour_of_event_time(default_redis: Redis) -> None:
     detector = Detector(default_redis, settings=EAGER)
     await backtest(feed(*many()), detector)

@@ -121,7 +121,12 @@ def imported(path: Path) -> set[str]:
     """The liqlab modules that a file imports anywhere in it, `liqlab.feeds.wire` as `feeds`."""
     package = ["liqlab", *path.relative_to(ROOT / "liqlab").parts[:-1]]
     names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    # A result in a notebook draws itself: a method `plot` may look up, when it is called.
+    plot = {id(inner) for node in ast.walk(tree) if getattr(node, "name", "") == "plot" for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in plot and ast.unparse(node) == "from liqlab import plots":
+            continue
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

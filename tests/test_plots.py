@@ -14,7 +14,7 @@ from liqlab.codecs.compare import compare
 from liqlab.comparison import methods_compared
 from liqlab.events import empty, event_table
 from liqlab.feeds.synth import synth
-from liqlab.fidelity import Fidelity
+from liqlab.fidelity import Fidelity, Replayed, replay
 from liqlab.fidelity import compare as compare_alerts
 from liqlab.replay import Ingested, ingest
 from liqlab.settings import Thresholds, load
@@ -471,3 +471,32 @@ def test_figures_of_a_day_are_small_and_their_titles_fit_a_phone(measured):
             assert len(line) <= 40
         for line in figure.layout.title.subtitle.text.split("<br>"):
             assert len(re.sub("<.*?>", "", line)) <= 54
+
+
+# A replay
+
+
+async def test_a_replay_is_drawn_as_it_was(default_redis):
+    done = await replay(synth("normal", hours=2, seed=3, symbols=6), default_redis, settings=load(), percentiles=[90.0])
+    figure = done.plot()
+    assert (np.array(trace(figure, "used_memory").y) * (1 << 20) == done.timeline["used_memory"]).all()
+    busiest = done.errors["symbol"].iloc[0]
+    assert list(trace(figure, busiest).y) == list(done.errors.loc[done.errors["symbol"] == busiest, "error_pct"])
+    assert [sum(trace(figure, name).y) for name in ("true", "found")] == [
+        len(done.fidelity.true),
+        len(done.fidelity.found),
+    ]
+    assert "no event lost" in words(figure)
+    assert "of 240.00 MiB" in figure.layout.annotations[0].text
+    assert not figure.layout.shapes  # the limit is far above
+    assert len(figure.to_json()) < 60_000
+
+
+def test_a_replay_near_its_limit_shows_it_and_one_without_alerts_is_drawn_too():
+    none = compare_alerts(detector.table([]), detector.table([]), within_s=600)
+    seen = played([1 << 20, 7 << 20])
+    errors = pd.DataFrame(columns=["ts_ms", "symbol", "percentile", "found", "exact", "error_pct"])
+    figure = Replayed(seen, pd.DataFrame(), none, errors, 8 << 20).plot()
+    assert [shape.y0 for shape in figure.layout.shapes] == [8]
+    assert "No alerts" in words(figure)
+    assert "no percentiles were compared" in figure.layout.annotations[1].text

@@ -1,16 +1,27 @@
 """An ingest follows the feed's own clock: what is left is what a live server would hold at the feed's end."""
 
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import pandas as pd
 import pytest
 from redis.asyncio import Redis
 
-from liqlab import clock, schema, settings
+from liqlab import clock, read_feed, schema, serve, settings, synth
+from liqlab.archive import count
+from liqlab.cleanup import Cleaner
 from liqlab.events import EventError, empty, event_table
+from liqlab.feeds import Feed
+from liqlab.fidelity import Replayed, fidelity, replay
 from liqlab.replay import at_speed, ingest
+from liqlab.server import Server
 from liqlab.writer import Writer
 from tests.test_writer import T0, plain, sample, stored
 
-HOUR = clock.HOUR_MS
+DATA = Path(__file__).resolve().parents[1] / "data"
+HOUR, MINUTE = clock.HOUR_MS, clock.MINUTE_MS
 
 
 def at(*offsets_ms: int, symbol: str = "A") -> pd.DataFrame:
@@ -114,3 +125,158 @@ async def test_a_feed_is_played_at_speed_through_a_live_writer(default_redis: Re
     assert clock.elapsed_s() - began >= 0.5
     assert writer.counts.written == len(events)
     pd.testing.assert_frame_equal(await stored(default_redis), plain(events), check_dtype=False)
+
+
+# The feed's clock and the wall's
+
+
+async def test_keys_end_on_the_feeds_clock_when_they_do_on_the_walls(default_redis: Redis) -> None:
+    short = {"events_s": 3, "vwap_s": 2, "percentile_window_s": 1, "percentile_bucket_s": 1, "unique_symbols_s": 3}
+    short |= {"candle_s": 1, "candle_5m_s": 2, "candle_1h_s": 3}
+    chosen = settings.load(retention=short, writer={"layout": "per_symbol"})
+    rng, slots = clock.generator(5), 17
+    # Events at 0.1 and 0.6 s, so that keys end then too; looked at half between.
+    names = [rng.choice(list("ABCDEF"), 2, replace=False) if slot % 8 < 6 else [] for slot in range(slots)]
+    parts = [
+        pd.concat([at(500 * slot + 100, symbol=name) for name in names[slot]] or [empty()]) for slot in range(slots)
+    ]
+    moments = [500 * slot + 350 for slot in range(1, slots)]
+
+    async def alive() -> set[str]:
+        return {key for key in await keys(default_redis) if not key.startswith(("liqw:", "liqid"))}
+
+    live: dict[int, set[str]] = {}
+    writer, began = Writer(default_redis, settings=chosen), clock.elapsed_s()
+    for slot, part in enumerate(parts):
+        await asyncio.sleep(max(began + 0.5 * slot + 0.1 - clock.elapsed_s(), 0))
+        if len(part):
+            await writer.write_table(event_table(**part))
+        await asyncio.sleep(max(began + 0.5 * slot + 0.35 - clock.elapsed_s(), 0))
+        live[500 * slot + 350] = await alive()
+
+    events = event_table(**pd.concat([part for part in parts if len(part)]))
+    replayed: dict[int, set[str]] = {}
+    for ms in moments:
+        await default_redis.flushall()
+        known = events[events["ts_ms"] < T0 + ms].reset_index(drop=True)
+        await ingest(known, default_redis, settings=chosen, sealing=False, until_ms=T0 + ms)
+        replayed[ms] = await alive()
+    assert replayed == {ms: live[ms] for ms in moments}
+    assert len({len(found) for found in live.values()}) > 5  # keys have come and gone
+
+
+async def test_the_clock_runs_on_after_the_last_event(default_redis: Redis) -> None:
+    assert (await ingest(at(0), default_redis, until_ms=T0 + 2 * HOUR)).expired["vwap"] == 1
+    assert "vwap:A" not in await keys(default_redis)
+
+
+async def test_moments_come_between_what_was_before_and_what_comes_later(default_redis: Redis) -> None:
+    events, held = at(*range(0, 3 * HOUR, MINUTE // 2)), dict[int, int]()
+
+    async def visit(ms: int) -> None:
+        held[ms] = await count(default_redis)
+
+    moments = [T0 // MINUTE * MINUTE + after for after in (HOUR, 2 * HOUR, 9 * HOUR)]
+    await ingest(events, default_redis, moments=moments, visit=visit)
+    assert held == {ms: int((events["ts_ms"] < ms).sum()) for ms in moments}
+
+
+async def test_cleanup_that_finds_nothing_is_left_out_and_changes_nothing(default_redis: Redis) -> None:
+    class Counting(Cleaner):
+        rounds = 0
+
+        async def trim(self, now_ms: int | None = None) -> list[object]:  # type: ignore[override]
+            Counting.rounds += 1
+            return list(await super().trim(now_ms))
+
+    events = synth("normal", hours=1, seed=2)
+    plain = await ingest(events, default_redis)
+    await default_redis.flushall()
+    done = await ingest(events, default_redis, cleaner=Counting(default_redis))
+    assert (done.held, done.expired, done.cleaned, Counting.rounds) == (plain.held, plain.expired, 0, 0)
+
+
+# replay: twice the same, and what is lost
+
+
+def same(one: Replayed, other: Replayed, *, bytes_within: float = 0) -> None:
+    pd.testing.assert_frame_equal(one.table, other.table, rtol=bytes_within, atol=0)
+    for name in ("errors", "alerts_over_time"):
+        pd.testing.assert_frame_equal(getattr(one, name), getattr(other, name), check_exact=True)
+    pd.testing.assert_frame_equal(one.ingested.alerts, other.ingested.alerts, check_exact=True)
+    wall = {"seconds"}
+    plain = [{key: value for key, value in done.ingested.as_dict().items() if key not in wall} for done in (one, other)]
+    assert plain[0] == plain[1]
+    assert list(one.timeline["keys"]) == list(other.timeline["keys"])
+
+
+@pytest.mark.parametrize("name", ["normal-6h.jsonl.gz", "cascade-1h.jsonl.gz", "synth"])
+async def test_two_replays_of_a_feed_are_the_same(name: str) -> None:
+    feed: Feed | pd.DataFrame = synth("cascade", hours=2, seed=3) if name == "synth" else read_feed(DATA / name)
+    done = []
+    for _ in range(2):
+        with serve() as server:
+            async with server.connect() as redis:
+                done.append(await replay(feed, redis, percentiles=(50, 95, 99)))
+    same(*done)
+    assert done[0].events_lost == 0
+    assert done[0].errors["error_pct"].abs().max() < 2  # what the sketches promise
+    assert len(done[0].errors) == 4 * 3 * done[0].errors["ts_ms"].nunique() > 200
+    assert done[0].fidelity.recall is not None
+    assert done[0].fidelity.recall > 0.99
+
+
+async def test_two_replays_are_the_same_on_each_kind_of_server(fresh_server: Callable[..., Server], kind: str) -> None:
+    events, done = synth("normal", hours=2, seed=7, symbols=50), []
+    for _ in range(2):
+        async with fresh_server().connect() as redis:
+            done.append(await replay(events, redis, settings=settings.load(writer={"layout": "hybrid"})))
+    # Valkey chains the buckets of its tables where hashes fall together, whose seed it draws anew.
+    same(*done, bytes_within=0.01 if kind == "valkey" else 0)
+
+
+async def test_a_replay_says_what_its_settings_cost(default_redis: Redis) -> None:
+    events = synth("normal", hours=2, seed=1)
+    steps: list[tuple[int, int]] = []
+    done = await replay(events, default_redis, progress=lambda at, total: steps.append((at, total)))
+    assert steps[-1] == (2 * len(events), 2 * len(events))
+    assert steps == sorted(steps)
+    assert list(done.table.columns) == ["share", "keys", "members", "bytes", "share_bytes", "budget_bytes", "over"]
+    assert done.table["members"][["events", "blocks"]].gt(0).all()
+    assert not done.table["over"].any()
+    shares = done.table.groupby("share")[["bytes", "share_bytes"]].agg({"bytes": "sum", "share_bytes": "first"})
+    assert (shares["bytes"] == shares["share_bytes"]).all()
+    hours = done.alerts_over_time
+    assert hours["true"].sum() == len(done.fidelity.true) > 0
+    assert hours["found"].sum() == len(done.fidelity.found)
+    assert (hours["recall"] * hours["true"] == hours["same"]).all()
+    json.dumps(done.as_dict(), allow_nan=False)
+    await default_redis.flushall()
+    again = await fidelity(events, default_redis, cleaner=Cleaner(default_redis))
+    pd.testing.assert_frame_equal(again.pairs, done.fidelity.pairs)
+
+
+async def test_events_lost_are_told_apart(default_redis: Redis) -> None:
+    burst = [at(*range(start, start + 100_000, 100)) for start in (0, 3 * HOUR)]
+    chosen = settings.load(retention={"events_s": HOUR // 1000, "shared_maxlen": 400})
+    done = await replay(event_table(**pd.concat(burst)), default_redis, settings=chosen)
+    assert done.ingested.events == 2_000
+    assert done.lost["trimmed"] >= 800  # XTRIM removes whole nodes
+    assert done.lost["expired"] >= 400  # the first burst's, two hours later
+    assert done.lost["evicted"] == 0
+    assert done.events_lost == 2_000 - await count(default_redis) == sum(done.lost.values())
+
+
+async def test_a_server_that_is_too_small_loses_events_to_cleanup_and_evicts_none() -> None:
+    chosen = settings.load(server={"maxmemory": "6mb"}, writer={"layout": "shared"})
+    with serve(settings=chosen) as server:
+        async with server.connect() as redis:
+            done = await replay(synth("cascade", hours=1, seed=2), redis, settings=chosen)
+    assert done.ingested.evicted == 0
+    assert done.lost["trimmed"] == done.events_lost > 1_000
+    assert done.timeline["used_memory"].max() < done.maxmemory == 6 << 20
+
+
+async def test_a_replay_of_nothing_says_so(default_redis: Redis) -> None:
+    with pytest.raises(EventError, match="holds no event"):
+        await replay(empty(), default_redis)

@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from liqlab import __version__
-from liqlab.cli import operate, study
+from liqlab.cli import operate, study, tune, workbench
 from liqlab.cli.options import (
     OVER_BUDGET,
     Exchange,
@@ -47,6 +47,7 @@ feeds_app = typer.Typer(help="Recorded feeds: what is in them.", no_args_is_help
 app.add_typer(feeds_app, name="feeds")
 for _command in (
     *(study.quantiles, study.detect),
+    *(tune.size, workbench.replay, tune.tune, tune.recommend, tune.app),
     *(operate.cleanup, operate.restore, operate.monitor, operate.config, operate.migrate),
 ):
     app.command()(_command)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import ExitStack
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
@@ -14,6 +14,10 @@ from liqlab import settings
 from liqlab.cli.terminal import progress
 from liqlab.settings import Settings, SettingsError
 
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+T = TypeVar("T")
 OVER_BUDGET: Final = 3
 
 Feeds = Annotated[list[str] | None, typer.Argument(metavar="FEED...", help="Files, folders or globs.")]
@@ -90,6 +94,24 @@ def on_server(url: str | None, chosen: Settings, run: Callable[[str], Coroutine[
         if url is None:
             url = stack.enter_context(server.serve(settings=chosen)).url
         return asyncio.run(run(url))
+
+
+def on_private(chosen: Settings, run: Callable[[Redis], Coroutine[Any, Any, T]], *, tdigest: bool) -> T:
+    """Run on a server of its own: a study of a recording has no business among live keys."""
+    from liqlab import server
+
+    async def connected(url: str) -> T:
+        async with server.connect(url) as client:
+            return await run(client)
+
+    with server.serve(settings=chosen, tdigest=tdigest) as running:
+        return asyncio.run(connected(running.url))
+
+
+def known(method: str, methods: Iterable[str]) -> None:
+    """Refuse a method that there is none of by that name."""
+    if method not in methods:
+        raise typer.BadParameter(f"{method!r} is not one of {', '.join(methods)}", param_hint="--method")
 
 
 def on_feed(command: Callable[..., None]) -> Callable[..., None]:

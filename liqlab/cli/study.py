@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.table import Table
@@ -23,6 +22,8 @@ from liqlab.cli.options import (
     Url,
     Zone,
     chosen_settings,
+    known,
+    on_private,
     paths,
     read,
 )
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from liqlab.settings import Settings
 
 _SHOWN: Final = 20  # rows of a table that may have thousands
-T = TypeVar("T")
 
 
 def detect(
@@ -66,14 +66,14 @@ def detect(
     from liqlab.fidelity import fidelity
     from liqlab.percentiles import METHODS
 
-    _known(method, METHODS)
+    known(method, METHODS)
     recorded = read(paths(feeds, feed), chosen, form, symbol, exchange, columns, unit, tz)
 
     async def run(client: Redis) -> Fidelity:
         with progress("detect") as step:
             return await fidelity(recorded, client, method=method, settings=chosen, progress=step)
 
-    done = _on_private(chosen, run, tdigest=method == "tdigest")
+    done = on_private(chosen, run, tdigest=method == "tdigest")
     if as_json:
         print_json({"alerts": done.found.to_dict("records"), "fidelity": done.as_dict()})
         return
@@ -117,7 +117,7 @@ def quantiles(
         with progress("quantiles") as step:
             return await methods_compared(recorded.events, client, settings=chosen, progress=step)
 
-    found = _on_private(chosen, run, tdigest=server.tdigest_module() is not None)
+    found = on_private(chosen, run, tdigest=server.tdigest_module() is not None)
     if as_json:
         print_json(found.to_dict("records"))
         return
@@ -144,7 +144,7 @@ async def _follow(url: str | None, chosen: Settings, method: str, as_json: bool)
     from liqlab.detector import Detector
     from liqlab.percentiles import METHODS
 
-    _known(method, {name: made for name, made in METHODS.items() if made.written})
+    known(method, {name: made for name, made in METHODS.items() if made.written})
     async with server.connect(url, settings=chosen) as client:
         detector = Detector(client, method=METHODS[method](client, settings=chosen), settings=chosen)
         await client.ping()
@@ -154,23 +154,6 @@ async def _follow(url: str | None, chosen: Settings, method: str, as_json: bool)
                 print_json(asdict(alert)) if as_json else screen.print(
                     _sentence(alert, chosen), markup=False, soft_wrap=True
                 )
-
-
-def _on_private(chosen: Settings, run: Callable[[Redis], Coroutine[Any, Any, T]], *, tdigest: bool) -> T:
-    """Run on a server of its own: a study of a recording has no business among live keys."""
-    from liqlab import server
-
-    async def connected(url: str) -> T:
-        async with server.connect(url) as client:
-            return await run(client)
-
-    with server.serve(settings=chosen, tdigest=tdigest) as running:
-        return asyncio.run(connected(running.url))
-
-
-def _known(method: str, methods: Iterable[str]) -> None:
-    if method not in methods:
-        raise typer.BadParameter(f"{method!r} is not one of {', '.join(methods)}", param_hint="--method")
 
 
 def _sentence(alert: Any, chosen: Settings) -> str:

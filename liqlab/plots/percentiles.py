@@ -49,7 +49,7 @@ _SIGNS: Final = dict(zip(_WHAT, "\N{BLACK CIRCLE}\N{WHITE CIRCLE}\N{MULTIPLICATI
 
 
 def percentile_costs(compared: pd.DataFrame) -> go.Figure:
-    """Draw `liqlab.fidelity.methods_compared`: the dollar error of each method against its bytes, a panel a symbol.
+    """Draw `liqlab.comparison.methods_compared`: the dollar error of each method against its bytes, a panel a symbol.
 
     Both axes are logarithmic; an error of less than 0.01 % is drawn as 0. The dotted line joins the methods that no
     other beats in both; methods that are biased by design are hollow and never on it.

@@ -83,7 +83,7 @@ def tuning_panel(outcome: Outcome, pinned: Outcome | None = None) -> go.Figure:
     span = [pd.Timestamp(ms, unit="ms") for ms in (first, outcome.predicted.families.index[-1])]
     for row in (2, 3, 4):
         figure.update_xaxes(range=span, row=row, col=1)
-    return dress(figure, headline(outcome), detail(outcome), 760)
+    return dress(figure, headline(outcome), detail(outcome), 740, legend=True)
 
 
 def panel_data(outcome: Outcome, pinned: Outcome | None = None) -> list[dict[str, Any]]:
@@ -175,7 +175,8 @@ def pareto_front(tried: pd.DataFrame, front: pd.DataFrame) -> go.Figure:
     """
     if tried.empty:
         return nothing("No settings were tried")
-    error = tried["threshold_error_pct"].clip(lower=_LEAST_PCT)
+    error = tried["threshold_error_pct"].fillna(_LEAST_PCT).clip(lower=_LEAST_PCT)
+    low, high = np.log10(error.min()), np.log10(max(error.max(), 1.5 * error.min()))
     figure = go.Figure()
     for name, part, size, line in (("tried", tried, 7, 0), ("not beaten", front, 13, 2)):
         figure.add_scatter(
@@ -185,13 +186,13 @@ def pareto_front(tried: pd.DataFrame, front: pd.DataFrame) -> go.Figure:
             mode="markers",
             marker={
                 **{"size": size, "color": np.log10(error.loc[part.index]), "colorscale": "Cividis_r"},
-                **{"cmin": float(np.log10(error.min())), "cmax": float(np.log10(error.max()))},
+                **{"cmin": float(low), "cmax": float(high)},
                 "line": {"width": line, "color": SIDE_COLORS["sell"]},
             },
             customdata=[[_words(row)] for row in part.to_dict("records")],
             hovertemplate="%{x:.2f} MiB, %{y:,.1f} h<br>%{customdata[0]}<extra></extra>",
         )
-    ticks = [tick for tick in (0.01, 0.1, 0.3, 1, 3, 10, 30, 100) if error.min() <= tick <= error.max()]
+    ticks = [tick for tick in (0.01, 0.1, 0.3, 1, 3, 10, 30, 100) if low <= np.log10(tick) <= high]
     bar: Any = {"title": "thresholds off, %", "tickvals": np.log10(ticks), "ticktext": [f"{tick:g}" for tick in ticks]}
     bar |= {"orientation": "h", "y": -0.32, "yanchor": "top", "thickness": 12}
     figure.update_traces(marker_colorbar=bar, marker_showscale=True, selector={"name": "tried"})

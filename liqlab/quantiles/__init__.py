@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -49,6 +50,12 @@ def quarters(values: Floats) -> Ints:
     """
     found = np.ceil(np.log(values) / (_LOG_GAMMA / _QUARTERS))
     return np.clip(found, -_QUARTERS * _MIDDLE, _QUARTERS * (_MIDDLE - 1)).astype(np.int64)
+
+
+def represented(values: Floats) -> Floats:
+    """Return the middles of the quarters that values lie in: what a sketch answers of each value by itself."""
+    middle: Floats = np.exp((quarters(values) - 0.5) * (_LOG_GAMMA / _QUARTERS))
+    return middle
 
 
 def log_bins(quarter: Ints) -> Ints:
@@ -105,16 +112,32 @@ def unpack(fields: Sequence[bytes], parts: ArrayLike = 1.0) -> tuple[Ints, Float
     parts : array_like of float, shape (n,)
         Which part of what each counts is meant.
     """
+    _, found, weight = _unpacked(fields, parts, np.zeros(len(fields), np.int64))
+    return found, weight
+
+
+def _unpacked(fields: Sequence[bytes], parts: ArrayLike, owners: Ints) -> tuple[Ints, Ints, Floats]:
+    """Return owners, their quarters and weights, as `unpack` does of each owner's fields; by owner, then ascending."""
     texts = [field[HEAD.itemsize :] for field in fields]
     words = np.frombuffer(b"".join(texts), "<u2").astype(np.int64)
-    each = np.repeat(np.broadcast_to(np.asarray(parts, np.float64), len(texts)), [len(text) // 2 for text in texts])
+    lengths = [len(text) // 2 for text in texts]
+    each = np.repeat(np.broadcast_to(np.asarray(parts, np.float64), len(texts)), lengths)
+    owner = np.repeat(owners, lengths)
     first, low = _QUARTERS * (words // _WORD - _MIDDLE - 1) + 1, words % _WORD
     alone, many = low < _QUARTERS, low >= _QUARTERS
     spread = first[many, None] + np.arange(_QUARTERS)
     weight = (low[many] - _QUARTERS + 2) * each[many] / _QUARTERS
-    found, place = np.unique(np.concatenate([(first + low)[alone], spread.ravel()]), return_inverse=True)
+    quarter = np.concatenate([(first + low)[alone], spread.ravel()])
     counted = np.concatenate([each[alone], np.repeat(weight, _QUARTERS)])
-    return found, np.bincount(place, counted, len(found)).astype(np.float64)
+    if not len(quarter):
+        return quarter, quarter, counted
+    # A table of all quarters there may be is filled in one pass, where sorting them would be most of the work.
+    least = int(quarter.min())
+    width = int(quarter.max()) - least + 1
+    cells = np.concatenate([owner[alone], np.repeat(owner[many], _QUARTERS)]) * width + (quarter - least)
+    totals = np.bincount(cells, counted)
+    there = np.flatnonzero(totals)
+    return there // width, there % width + least, totals[there].astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -222,22 +245,47 @@ async def distribution(
     settings : Settings, optional
         `retention` and `shards`; `liqlab.settings.load()` when absent.
     """
+    if symbol is not None:
+        return (await distributions(redis, [symbol], end_ms=end_ms, window_s=window_s, settings=settings))[0]
+    keys = [key async for key in redis.scan_iter(match="sketch:*", count=_SCANNED)]
+    return (await _asked(redis, keys, np.zeros(len(keys), np.int64), end_ms, window_s, settings or load()))[0]
+
+
+async def distributions(
+    redis: Redis,
+    symbols: Sequence[str],
+    *,
+    end_ms: int,
+    window_s: int | None = None,
+    settings: Settings | None = None,
+) -> list[Distribution]:
+    """Return what `distribution` does of each of several symbols, asked for together."""
     settings = settings or load()
-    family, bucket_ms = schema.BY_NAME["sketch"], 1000 * settings.retention.percentile_bucket_s
-    if symbol is None:
-        keys = [key async for key in redis.scan_iter(match="sketch:*", count=_SCANNED)]
-    else:
-        keys = [family.key(symbol, shard=schema.shard_of(symbol, settings.shards)).encode()]
+    family, shards = schema.BY_NAME["sketch"], settings.shards
+    keys = [family.key(symbol, shard=schema.shard_of(symbol, shards)).encode() for symbol in symbols]
+    return await _asked(redis, keys, np.arange(len(keys)), end_ms, window_s, settings)
+
+
+async def _asked(
+    redis: Redis, keys: Sequence[bytes], owners: Ints, end_ms: int, window_s: int | None, settings: Settings
+) -> list[Distribution]:
+    """Return the distribution of the sketches of each owner, 0 and up; there is at least one."""
+    bucket_ms = 1000 * settings.retention.percentile_bucket_s
     start_ms = end_ms - 1000 * (window_s or settings.retention.percentile_window_s)
     buckets = range(start_ms // bucket_ms, end_ms // bucket_ms + 1)
-    fields: list[tuple[bytes, int]] = []
+    fields: list[bytes] = []
+    places: list[tuple[int, int]] = []  # whose each field is, and its bucket
     for start in range(0, len(keys), _PAGE):
         pipe = redis.pipeline(transaction=False)
         for key in keys[start : start + _PAGE]:
             pipe.hmget(key, list(buckets))
-        for found in await pipe.execute():
-            fields += [(field, bucket) for field, bucket in zip(found, buckets, strict=True) if field]
-    return _merged(fields, start_ms, end_ms, bucket_ms)
+        for owner, found in zip(owners[start : start + _PAGE].tolist(), await pipe.execute(), strict=True):
+            for field, bucket in zip(found, buckets, strict=True):
+                if field:
+                    fields.append(field)
+                    places.append((owner, bucket))
+    count = int(owners.max(initial=0)) + 1
+    return _merged(fields, np.array(places, np.int64).reshape(-1, 2), count, start_ms, end_ms, bucket_ms)
 
 
 def window_parts(end_ms: int, window_ms: int, bucket_ms: int) -> dict[int, float]:
@@ -247,21 +295,31 @@ def window_parts(end_ms: int, window_ms: int, bucket_ms: int) -> dict[int, float
     return {at: min(1.0, ((at + 1) * bucket_ms - first_ms) / bucket_ms) for at in range(first, last + 1)}
 
 
-def _merged(fields: list[tuple[bytes, int]], start_ms: int, end_ms: int, bucket_ms: int) -> Distribution:
-    """Add up fields, each with its bucket, as far as what they count came after `start_ms` and up to `end_ms`."""
-    head = np.frombuffer(b"".join(field[: HEAD.itemsize] for field, _ in fields), HEAD)
-    begin_ms = np.array([bucket for _, bucket in fields], np.float64) * bucket_ms
+def _merged(
+    fields: list[bytes], places: Ints, count: int, start_ms: int, end_ms: int, bucket_ms: int
+) -> list[Distribution]:
+    """Add up the fields of each of `count` owners, as far as what they count came after `start_ms`, up to `end_ms`."""
+    head = np.frombuffer(b"".join(field[: HEAD.itemsize] for field in fields), HEAD)
+    begin_ms = places[:, 1].astype(np.float64) * bucket_ms
     low = np.floor((start_ms + 1 - begin_ms) * _TICKS / bucket_ms)
     high = np.ceil((end_ms + 1 - begin_ms) * _TICKS / bucket_ms)
     first, last = head["first"].astype(np.float64), head["last"] + 1.0
     part = np.clip((np.minimum(last, high) - np.maximum(first, low)) / (last - first), 0, 1)
-    inside = np.flatnonzero(part).tolist()
-    if not inside:
-        return Distribution.of([])
-    least, most = float(head["least"][inside].min()), float(head["most"][inside].max())
-    found, weight = unpack([fields[at][0] for at in inside], part[inside])
-    high = np.exp(found * (_LOG_GAMMA / _QUARTERS))
-    return Distribution(high * np.exp(-_LOG_GAMMA / _QUARTERS), high, weight, least, most)
+    inside = np.flatnonzero(part)
+    owners = places[inside, 0]
+    least, most = np.full(count, np.inf), np.full(count, -np.inf)
+    np.minimum.at(least, owners, head["least"][inside])
+    np.maximum.at(most, owners, head["most"][inside])
+    owner, found, weight = _unpacked([fields[at] for at in inside.tolist()], part[inside], owners)
+    above = np.exp(found * (_LOG_GAMMA / _QUARTERS))
+    below = above * np.exp(-_LOG_GAMMA / _QUARTERS)
+    ends = np.searchsorted(owner, np.arange(count + 1)).tolist()
+    return [
+        Distribution(below[a:b], above[a:b], weight[a:b], float(least[at]), float(most[at]))
+        if np.isfinite(least[at])
+        else Distribution.of([])
+        for at, (a, b) in enumerate(pairwise(ends))
+    ]
 
 
 async def memory(redis: Redis, symbol: str, *, settings: Settings | None = None) -> int:

@@ -22,15 +22,14 @@ from liqlab.tuning.outcome import evaluate
 
 Progress = Callable[[int, int], None]
 
-# What is worth trying. What the streams depend on comes first: combinations that share them are tried together.
+# What is worth trying; other codecs and hashes of candles only ever take more. What the streams depend on comes first:
+# combinations that share it are tried together.
 SPACE: Final[dict[str, tuple[Any, ...]]] = {
     "writer.layout": ("shared", "hybrid", "per_symbol"),
-    "writer.codec": ("ints", "fields"),
     "writer.block_bytes": (4 << 10, 16 << 10, 64 << 10),
     "retention.hot_s": (300, 900, 3_600),
     "retention.percentile_window_s": (21_600, 43_200, 86_400),
     "retention.percentile_bucket_s": (1_800, 3_600),
-    "writer.candles": ("packed", "hash"),
     "retention.candle_s": (900, 3_600),
     "retention.vwap_s": (900, 3_600),
 }

@@ -1,0 +1,189 @@
+"""What runs on a feed's clock while it is played: the end of each key's time, and the rounds of cleanup."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from redis.asyncio import Redis
+
+from liqlab import clock, schema
+from liqlab.archive import count
+from liqlab.candles import WIDTHS
+from liqlab.cleanup import Action, Cleaner, Tier
+from liqlab.detector import Alert
+from liqlab.events import Columns, run_starts
+from liqlab.settings import Settings
+
+_UNLINK: Final = 500
+_GROWN: Final = 2_000  # bytes that an event adds at most, in the mean
+_CLOSE: Final = 0.8  # of a share
+_SHORT_MS: Final = 100
+_NEVER: Final = np.iinfo(np.int64).max // 2
+
+Ints = NDArray[np.int64]
+
+
+class Rounds:
+    """A cleaner without its rounds that could find nothing to do: all that is in use is less than a share may take.
+
+    By a fifth, to have room until the next look; by half, where the server itself may have taken some of the share,
+    which it does beyond the buffer's (see `Cleaner`).
+    """
+
+    def __init__(self, cleaner: Cleaner, redis: Redis) -> None:
+        self.settings = cleaner.settings
+        self.events = 0  # removed
+        self.room = 0  # events that may be written before the next look
+        self._cleaner = cleaner
+        self._redis = redis
+
+    async def trim(self, now_ms: int) -> list[Action]:
+        """Run `Cleaner.trim`, and say how much may be written until memory has to be looked at again."""
+        budget = self.settings.budget
+        self.room = int(await self._left(min(budget.streams, self.settings.thresholds.trim)) // _GROWN)
+        return [] if self.room > 0 else self._counted(await self._cleaner.trim(now_ms))
+
+    async def check(self, now_ms: int) -> list[Action]:
+        """Run `Cleaner.check`."""
+        budget = self.settings.budget
+        calm = await self._left(min(budget.statistics, budget.percentile)) > 0
+        return [] if calm else self._counted(await self._cleaner.check(now_ms))
+
+    async def compact(self, now_ms: int) -> list[Action]:
+        """Run `Cleaner.compact`."""
+        return self._counted(await self._cleaner.compact(now_ms))
+
+    async def daily(self, now_ms: int) -> list[Action]:
+        """Run `Cleaner.daily`."""
+        return self._counted(await self._cleaner.daily(now_ms))
+
+    async def _left(self, share: float) -> float:
+        """Return the bytes that may be used until a round can find something to do; 0 in a tier of pressure."""
+        memory = await self._redis.info("memory")
+        limit = int(memory["maxmemory"]) or self.settings.server.maxmemory
+        part = share * (_CLOSE if share <= self.settings.budget.buffer else 0.5)
+        return max(part * limit - int(memory["used_memory"]), 0) if self._cleaner.tier is Tier.NORMAL else 0
+
+    def _counted(self, done: list[Action]) -> list[Action]:
+        self.events += sum(action.events for action in done)
+        return done
+
+
+class Expiry:
+    """When the time of keys is up on the feed's clock: known before it is played, but for those of alerts.
+
+    Attributes
+    ----------
+    step_ms : int
+        To which it is exact: a minute, or a tenth of a second where a family lives for less than a minute.
+    cuts : list of int
+        Times, ms, by which a key must be gone that then comes again.
+    expired : dict of str to int
+        Keys removed so far, by family.
+    events : int
+        Events that were in them.
+    """
+
+    def __init__(self, events: Columns, settings: Settings) -> None:
+        self.expired: dict[str, int] = {}
+        self.events = 0
+        self._settings, self._symbols = settings, events.symbols
+        self._ttl_ms = {name: 1000 * (family.ttl_s(settings) or 0) for name, family in schema.BY_NAME.items()}
+        shards = [schema.shard_of(symbol, settings.shards) for symbol in events.symbols]
+        layout = settings.writer.layout
+        streams = [("events", True)] * (layout != "shared") + [("events", False)] * (layout != "per_symbol")
+        # Of each kind of key: family, and the name of each symbol's, but for the bucket.
+        kinds: list[tuple[str, bool]] = [*streams, ("blocks", False), ("unique_symbols", False)]
+        kinds += [("vwap", True), ("sketch", True), *((name, True) for name in WIDTHS.values())]
+        shortest = min([self._ttl_ms[name] for name, _ in kinds])
+        self.step_ms = clock.MINUTE_MS if shortest >= clock.MINUTE_MS else _SHORT_MS
+        self._kinds: list[tuple[str, list[str]]] = []
+        by_symbol = np.argsort(events.symbol, kind="stable")
+        shard = np.array([number or 0 for number in shards], np.int64)[events.symbol]
+        by_shard = np.argsort(shard, kind="stable") if settings.shards > 1 else np.arange(len(shard))
+        found: list[tuple[Ints, ...]] = []
+        for kind, (name, own) in enumerate(kinds):
+            family, order = schema.BY_NAME[name], by_symbol if own else by_shard
+            owner, ts_ms = (events.symbol if own else shard)[order], events.ts_ms[order]
+            width_ms = family.bucket_ms if own else 0
+            bucket = ts_ms // width_ms if width_ms else np.zeros(len(ts_ms), np.int64)
+            heads = [
+                (family.head if width_ms else family.key)(symbol, shard=number) if own else family.key(shard=number)
+                for symbol, number in zip(events.symbols, shards, strict=True)
+            ]
+            self._kinds.append((name, heads))
+            ends = self._ends(run_starts(owner, bucket), ts_ms, self._ttl_ms[name], whole=name == "unique_symbols")
+            last, due_ms, next_ms = ends
+            code = events.symbol[order][last].astype(np.int64)
+            found.append((due_ms, np.full(len(last), kind), code, bucket[last] if width_ms else -1 + 0 * last, next_ms))
+        due_ms, kind_of, code, bucket, next_ms = (np.concatenate(column) for column in zip(*found, strict=True))
+        self.cuts: list[int] = np.unique(next_ms[next_ms < _NEVER]).tolist()
+        order = np.argsort(due_ms, kind="stable")
+        self._due_ms, self._at = due_ms[order], 0
+        self._kind, self._code, self._bucket = kind_of[order], code[order], bucket[order]
+        self._deadlines: dict[str, int] = {}
+        self._heap: list[tuple[int, str, str]] = []
+
+    def _ends(self, starts: NDArray[np.intp], ts_ms: Ints, ttl_ms: int, *, whole: bool) -> tuple[Ints, Ints, Ints]:
+        """Return the rows with which a key's life ends, when it does, and the step in which it begins again.
+
+        Parameters
+        ----------
+        starts : array
+            Where the rows of another key begin.
+        ts_ms : array
+            Of each row, ascending within a key.
+        whole : bool
+            Whether the first event of a life sets its end; else each prolongs it.
+        """
+        next_ms = np.append(ts_ms[1:] // self.step_ms * self.step_ms, _NEVER)
+        next_ms[starts[1:] - 1] = _NEVER
+        if not whole:
+            last = np.flatnonzero(ts_ms + ttl_ms <= next_ms)
+            return last, ts_ms[last] + ttl_ms, next_ms[last]
+        rows, due = list[int](), list[int]()
+        for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(ts_ms)], strict=True):
+            first = start
+            while first < stop:
+                due.append(int(ts_ms[first]) + ttl_ms)
+                first = start + int((ts_ms[start:stop] // self.step_ms * self.step_ms).searchsorted(due[-1]))
+                rows.append(first - 1)
+        last = np.array(rows, np.int64)
+        return last, np.array(due, np.int64), next_ms[last]
+
+    def touch_alerts(self, alerts: Iterable[Alert]) -> None:
+        """Set the deadlines of the keys that alerts have touched."""
+        for alert in alerts:
+            shard = schema.shard_of(alert.symbol, self._settings.shards)
+            cooldown = schema.BY_NAME["cooldown"].key(alert.symbol, side=alert.side, shard=shard)
+            signal = schema.BY_NAME["signal"].key(alert.symbol, shard=shard)
+            for family, key in (("cooldown", cooldown), ("signal", signal)):
+                self._deadlines[key] = max(alert.ts_ms + self._ttl_ms[family], self._deadlines.get(key, 0))
+                heapq.heappush(self._heap, (self._deadlines[key], key, family))
+
+    async def run(self, redis: Redis, now_ms: int) -> None:
+        """Remove the keys whose deadline is not after `now_ms`."""
+        end = int(self._due_ms.searchsorted(now_ms, "right"))
+        due: dict[str, list[str]] = {}
+        which = slice(self._at, max(end, self._at))
+        kinds, codes, buckets = (column[which].tolist() for column in (self._kind, self._code, self._bucket))
+        for kind, code, bucket in zip(kinds, codes, buckets, strict=True):
+            family, heads = self._kinds[kind]
+            due.setdefault(family, []).append(heads[code] if bucket < 0 else f"{heads[code]}{bucket}")
+        self._at = which.stop
+        while self._heap and self._heap[0][0] <= now_ms:
+            deadline, key, family = heapq.heappop(self._heap)
+            if self._deadlines.get(key) == deadline:  # else it was touched again, or is gone
+                del self._deadlines[key]
+                due.setdefault(family, []).append(key)
+        stored = bool({"events", "blocks"} & due.keys())
+        before = await count(redis, settings=self._settings) if stored else 0
+        for family, keys in due.items():
+            self.expired[family] = self.expired.get(family, 0) + len(keys)
+            for start in range(0, len(keys), _UNLINK):
+                await redis.unlink(*keys[start : start + _UNLINK])
+        self.events += before - await count(redis, settings=self._settings) if stored else 0
