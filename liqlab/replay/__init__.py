@@ -17,6 +17,7 @@ from typing import Any, Final, cast
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from redis.asyncio import Redis
 
 from liqlab import clock
@@ -34,7 +35,7 @@ from liqlab.writer import Writer
 
 _SAMPLES: Final = 240  # points of the timeline: as many as a picture shows
 _MOMENTS: Final = 100  # at which a feed that is played at speed is written
-_WAITING: Final = 2  # bytes of a block for each event that waits to be sealed: so many fill more than one
+_SEAL_MS: Final = 5 * clock.MINUTE_MS
 
 Progress = Callable[[int, int], None]
 
@@ -154,12 +155,13 @@ async def ingest(
     rounds = Rounds(cleaner, redis) if cleaner else None
     schedule = EventClock(cast(Cleaner, rounds)) if rounds else None
     sealing = (sealing or cleaner is not None) and settings.writer.strategy == "script"
-    timeline, alerts, sealed, looked = list[dict[str, int]](), list[Alert](), 0, 0
+    timeline, alerts, sealed = list[dict[str, int]](), list[Alert](), 0
     ahead, last_ms = [ms for ms in moments if visit], int(times[-1]) // expiry.step_ms * expiry.step_ms
 
     edges = np.append(run_starts(times // expiry.step_ms), total)  # of steps
     samples = {*edges[: -1 : max(len(edges) // _SAMPLES, 1)].tolist(), total}
-    cuts = np.unique([*samples, *times.searchsorted([*(expiry.cuts if expire else ()), *ahead]).tolist()])
+    seals = _seals(times) if sealing else set()
+    cuts = np.unique([*samples, *seals, *times.searchsorted([*(expiry.cuts if expire else ()), *ahead]).tolist()])
     rows, volume = await detector.candidates(columns) if detector else (np.empty(0, np.intp), np.empty(0))
     place = 0  # of the first candidate that was not judged
 
@@ -198,9 +200,7 @@ async def ingest(
             timeline.append(await _point(redis, int(times[stop - 1]), stop))
         if schedule:
             await schedule.run(now_ms)
-        old = int(times.searchsorted(now_ms - 1000 * settings.retention.hot_s))
-        if sealing and (_WAITING * (old - looked) >= settings.writer.block_bytes or stop == total):
-            looked = old
+        if stop in seals:
             sealed += (await seal(redis, now_ms=now_ms, settings=settings)).events
         if expire:
             await expiry.run(redis, now_ms if stop < total else max(last_ms, until_ms or 0))
@@ -226,6 +226,17 @@ async def ingest(
         cleaned=rounds.events if rounds else 0,
         aged=expiry.events,
     )
+
+
+def _seals(times: NDArray[np.int64]) -> set[int]:
+    """Return the rows before which to seal: those that begin a minute, five minutes or more after the last; the end."""
+    minutes = times // clock.MINUTE_MS * clock.MINUTE_MS
+    found, next_ms = {len(times)}, 0
+    for row in run_starts(minutes)[1:].tolist():
+        if minutes[row] >= next_ms:
+            found.add(row)
+            next_ms = minutes[row] + _SEAL_MS
+    return found
 
 
 async def at_speed(events: pd.DataFrame, writer: Writer, seconds: float) -> None:

@@ -68,7 +68,7 @@ def events(prepared: Prepared, settings: Settings, layout: Layout, *, exact: boo
     exact : bool
         Whether every block is encoded, for its size.
     cleaned : bool
-        Whether a cleaner seals, every minute.
+        Whether a cleaner seals too, what does not fill a block.
     """
     writer, retention, server, rows = settings.writer, settings.retention, settings.server, prepared.rows
     kind = (

@@ -152,7 +152,7 @@ def predict(
         Whether every sealed block is encoded to know its size (about 20 us an event); else a few samples of the feed
         are, and when the last block was sealed is a guess: hot events may be off by up to a block.
     cleaned : bool
-        Whether a `liqlab.cleanup.Cleaner` runs, which seals more often; its other work is not predicted.
+        Whether a `liqlab.cleanup.Cleaner` seals what does not fill a block; its other work is not predicted.
 
     Returns
     -------

@@ -18,7 +18,7 @@ from liqlab.sizing.entries import Entries
 from liqlab.sizing.prepare import Prepared
 from liqlab.sizing.structures import Floats, Ints
 
-SEAL_MS: Final = 5 * MINUTE_MS  # as liqlab.replay does by itself
+SEAL_MS: Final = 5 * MINUTE_MS  # as liqlab.replay does
 _STEPS: Final = (1 << 7, 1 << 12, 1 << 15, 1 << 23)  # from which on a difference in time takes a byte more
 _ENTRY, _TYPICAL, _MOST_EACH, _FITS = 64, 5, 32, 6  # liqlab.sealing
 _SAMPLES: Final = 24  # places of the feed at which blocks are encoded
@@ -164,9 +164,9 @@ def seal(
     exact : bool
         Whether every block is encoded, as sealing would; else sizes are those of samples of the feed.
     cleaned : bool
-        Whether a cleaner seals, every minute, and once in `cleanup.compact_s` what does not fill a block too.
+        Whether a cleaner seals, once in `cleanup.compact_s`, what does not fill a block too.
     """
-    every_ms, compact_ms = (MINUTE_MS if cleaned else SEAL_MS), round(1000 * settings.cleanup.compact_s)
+    compact_ms = round(1000 * settings.cleanup.compact_s)
     next_compact_ms = int(prepared.start_ms[0]) + compact_ms
     times, rows = prepared.columns.ts_ms[which], prepared.rows
     limits = prepared.now_ms - 1000 * settings.retention.hot_s
@@ -179,7 +179,7 @@ def seal(
     for row, now_ms in enumerate(prepared.now_ms.tolist()):
         if now_ms < next_ms and row < rows - 1:
             continue
-        next_ms = now_ms + every_ms
+        next_ms = now_ms + SEAL_MS
         partial = cleaned and now_ms >= next_compact_ms
         if partial:
             next_compact_ms = now_ms + compact_ms
