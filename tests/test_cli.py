@@ -60,7 +60,20 @@ def test_every_command_is_documented_and_shows_an_example() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["serve", "ingest", "feeds inspect", "synth", "doctor", "quantiles", "detect", "replay"]
+    "name",
+    [
+        "serve",
+        "ingest",
+        "feeds inspect",
+        "synth",
+        "doctor",
+        "quantiles",
+        "detect",
+        "replay",
+        "size",
+        "tune",
+        "recommend",
+    ],
 )
 def test_the_documented_example_runs(name: str, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "cli.md").read_text().split(f"## liqlab {name}\n")[1]

@@ -21,7 +21,7 @@ from liqlab.settings import load
 
 NOTEBOOKS = (
     *("00-start", "01-ingest", "02-memory-budget", "03-codecs", "04-writer"),
-    *("05-pressure", "06-percentiles", "08-monitor", "09-claims", "report"),
+    *("05-pressure", "06-percentiles", "07-tuning", "08-monitor", "09-claims", "report"),
 )
 SECRET = "hunter2"
 SQUEEZED = {

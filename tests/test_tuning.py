@@ -289,11 +289,11 @@ def test_the_front_is_what_nothing_beats() -> None:
 
 
 @pytest.mark.parametrize("feed", ["cascade", "recorder"])
-async def test_a_recommendation_holds_on_a_real_server(feed: str, fresh_server: Callable[..., Server]) -> None:
+async def test_a_recommendation_holds_on_a_real_server(feed: str) -> None:
     if feed == "recorder" and not RECORDING.exists():
         pytest.skip("the recorded feeds are not on this machine")
-    events = liqlab.read_feed(RECORDING).events if feed == "recorder" else day("cascade", hours=2, symbols=60)
-    rate = 10.0 if feed == "recorder" else 2.0
+    events = liqlab.read_feed(RECORDING).events if feed == "recorder" else day("cascade", hours=1, symbols=60)
+    rate = 10.0 if feed == "recorder" else 1.5
     wanted = Constraints(maxmemory=8 << 20, rate=rate, error_pct=10.0)
     base = settings.load(retention={"percentile_window_s": 7_200})
     found = recommend(events, base, wanted, space={**SPACE, "retention.percentile_window_s": (3_600, 7_200)})
@@ -302,10 +302,10 @@ async def test_a_recommendation_holds_on_a_real_server(feed: str, fresh_server: 
     assert found.settings.retention.percentile_window_s == 7_200
     assert len(found.tried) == 8
     assert found.binds in found.limits.index
-    running = fresh_server(settings=found.settings)
-    async with running.connect() as redis:
-        known = await sizing.calibrate(redis)
-        done = await verify(found.events, found.settings, redis, calibration=known, window_s=found.window_s)
+    with liqlab.serve(settings=found.settings) as running:
+        async with running.connect() as redis:
+            known = await sizing.calibrate(redis)
+            done = await verify(found.events, found.settings, redis, calibration=known, window_s=found.window_s)
     assert done.fits
     assert done.ingested.evicted == 0
     assert done.table.loc["recall", "measured"] >= 0.97

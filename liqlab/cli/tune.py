@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -118,6 +120,7 @@ def recommend(
     history: Annotated[float, typer.Option(help="Hours of events that must be there.")] = 0.0,
     fit_shares: Annotated[bool, typer.Option(help="Give the streams what other families do not need.")] = False,
     verify: Annotated[bool, typer.Option(help="Play the feed, at that rate, through a real Redis with them.")] = False,
+    count: Annotated[int, typer.Option(help="Try only so many settings, drawn.")] = 300,
     out: Annotated[Path | None, typer.Option(help="Write liqlab.toml, redis.conf and the rest to this folder.")] = None,
     dask: Dask = None,
     workers: Workers = 1,
@@ -136,7 +139,9 @@ def recommend(
     )  # fmt: skip
     known = _calibrated(chosen)
     with progress("recommend") as step:
-        found = recommend(recorded, chosen, wanted, calibration=known, dask=dask, workers=workers, progress=step)
+        found = recommend(
+            recorded, chosen, wanted, calibration=known, count=count, dask=dask, workers=workers, progress=step
+        )
     checked = asyncio.run(_verified(found, known)) if verify else None
     written = config.write(out, found.settings) if out else []
     if as_json:
@@ -157,6 +162,7 @@ def app(
     port: Annotated[int, typer.Option(help="Of this machine, 127.0.0.1.")] = 8866,
     browser: Annotated[bool, typer.Option(help="Open it in the browser.")] = True,
     export_to: Annotated[Path, typer.Option(help="Where the panel's export goes.")] = Path("liqlab-config"),
+    seconds: Annotated[float | None, typer.Option(help="Stop by itself.")] = None,
 ) -> None:
     """Serve the tuning panel of a feed as a page of this machine, until Ctrl-C.
 
@@ -168,16 +174,11 @@ def app(
     with tempfile.TemporaryDirectory(prefix="liqlab-app-") as folder:
         words = command(Path(folder), recorded.events, export_to.absolute(), port=port, browser=browser)
         log.print(f"http://127.0.0.1:{port}/  Ctrl-C stops it.")
-        try:
-            code = asyncio.run(_until_done(words, with_template(environment(chosen))))
-        except KeyboardInterrupt:
-            return
-    raise typer.Exit(code)
-
-
-async def _until_done(words: list[str], environment: dict[str, str]) -> int:
-    process = await asyncio.create_subprocess_exec(sys.executable, *words, env=environment)
-    return await process.wait()
+        process = subprocess.Popen([sys.executable, *words], env=with_template(environment(chosen)))
+        with suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
+            raise typer.Exit(process.wait(seconds))
+        process.terminate()  # Voila ends its kernels with itself
+        process.wait()
 
 
 async def _verified(found: Recommendation, known: Calibration) -> Verified:
