@@ -135,7 +135,8 @@ def test_a_page_that_opens_later_sees_what_is_now(panel: TuningPanel) -> None:
     panel.knobs["server.maxmemory"].value = 8 << 20
     state = panel.figure.get_state()
     assert len(state["_widget_data"]) == len(panel.figure.data)
-    assert np.allclose(state["_widget_data"][1]["x"], panel.figure.data[1].x)
+    assert list(state["_widget_data"][1]["text"]) == list(panel.figure.data[1].text)
+    assert "of 3.20 MiB" in state["_widget_data"][1]["text"][0]
 
 
 def test_a_feed_without_events_is_refused() -> None:

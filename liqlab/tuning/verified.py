@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -16,9 +16,11 @@ from liqlab.detector import Detector
 from liqlab.feeds import Feed
 from liqlab.fidelity import Fidelity, compare
 from liqlab.replay import Ingested, ingest
-from liqlab.settings import Settings
+from liqlab.settings import Settings, changed
 from liqlab.sizing import Calibration, Prepared, prepare
 from liqlab.tuning.outcome import evaluate
+
+_CHECK_S: Final = 1_800
 
 Progress = Callable[[int, int], None]
 
@@ -71,7 +73,8 @@ async def verify(
 ) -> Verified:
     """Play a feed through the real system under settings, and put what it measures beside what was predicted.
 
-    Writer, sealing, expiry, cleanup and detector run on the feed's clock, see `liqlab.ingest`.
+    Writer, sealing, expiry, cleanup and detector run on the feed's clock, see `liqlab.ingest`; what families take is
+    looked at once in half an hour of it.
 
     Parameters
     ----------
@@ -91,7 +94,9 @@ async def verify(
     """
     prepared = prepare(feed)
     found = evaluate(prepared, settings, calibration, window_s=window_s)
-    detector, cleaner = Detector(redis, settings=settings), Cleaner(redis, settings=settings)
+    # A look at every family takes longer than five minutes of a feed that is played.
+    rarely = changed(settings, {"cleanup.check_s": max(settings.cleanup.check_s, _CHECK_S)})
+    detector, cleaner = Detector(redis, settings=settings), Cleaner(redis, settings=rarely)
     done = await ingest(
         prepared.columns.table(), redis, settings=settings, cleaner=cleaner, detector=detector, progress=progress
     )

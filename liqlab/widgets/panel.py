@@ -122,10 +122,13 @@ class TuningPanel(w.VBox):  # type: ignore[misc]
         if now not in values.values():
             values = dict(sorted({**values, f"{now:,}" if isinstance(now, int | float) else str(now): now}.items(),
                                  key=lambda item: item[1]))  # fmt: skip
-        kind = w.SelectionSlider if isinstance(now, int | float) else w.Dropdown
+        # A slider reports while it is dragged: it is the models that run.
+        kind, drag = (
+            (w.SelectionSlider, {"continuous_update": True}) if isinstance(now, int | float) else (w.Dropdown, {})
+        )
         knob = kind(
-            options=list(values.items()), value=now, description=label, tooltip=f"{name}, see docs/settings.md",
-            continuous_update=True, style={"description_width": "96px"}, layout=w.Layout(width="min(340px, 96vw)"),
+            options=list(values.items()), value=now, description=label, tooltip=f"{name}, see docs/settings.md", **drag,
+            style={"description_width": "96px"}, layout=w.Layout(width="min(340px, 96vw)"),
         )  # fmt: skip
         knob.observe(lambda change: self._turn({name: change["new"]}), "value")
         return knob
