@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -147,6 +148,23 @@ def test_code_is_hidden_until_asked_for(opened):
     assert not code.is_visible()
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until a server does."""
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(address).close()
+            return
+        except (urllib.error.URLError, ConnectionError):
+            assert process.poll() is None, log.read_text()[-2000:]
+            time.sleep(0.1)
+
+
 @pytest.fixture
 def lab(tmp_path) -> Iterator[str]:
     """JupyterLab on a copy of the notebooks, with folders of its own; its address."""
@@ -160,9 +178,7 @@ def lab(tmp_path) -> Iterator[str]:
     own = {f"JUPYTER_{folder}_DIR": str(tmp_path / folder) for folder in ("CONFIG", "DATA", "RUNTIME")}
     own |= {"IPYTHONDIR": str(tmp_path / "ipython"), "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings")}
     own |= {"JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces")}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
     command += [
         "--ServerApp.port_retries=0",
@@ -173,13 +189,7 @@ def lab(tmp_path) -> Iterator[str]:
         process = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"{address}/api/status").close()
-                break
-            except (urllib.error.URLError, ConnectionError):
-                assert process.poll() is None, (tmp_path / "lab.log").read_text()[-2000:]
-                time.sleep(0.1)
+        answers(f"{address}/api/status", process, tmp_path / "lab.log")
         yield address
     finally:
         process.terminate()
@@ -194,5 +204,89 @@ def test_lab_opens_the_first_notebook_with_its_figure(browser, lab):
     assert bars.count() > 100
     watched.page.locator(".jp-RenderedMarkdown h1").filter(has_text="What is here").wait_for()
     watched.page.screenshot(path=BUILD / "lab.png")
+    assert watched.left == []
+    watched.context.close()
+
+
+def use_the_panel(page: sync_api.Page, made: Path, name: str) -> None:
+    """Move three sliders, compare, verify on Redis, export: the figure follows each time."""
+    page.locator(".js-plotly-plot .main-svg").first.wait_for(timeout=60_000)
+    headline = page.locator(".widget-html-content").first
+
+    def bars() -> list[float]:
+        return list(page.evaluate("[...document.querySelector('.js-plotly-plot').data[1].x]"))
+
+    for label, keys in (("memory", ["ArrowLeft"] * 3), ("candles kept", ["ArrowLeft"]), ("hot window", ["ArrowRight"])):
+        slider = page.locator(".widget-inline-hbox").filter(has_text=label).locator(".noUi-handle")
+        before = bars()
+        slider.focus()
+        for key in keys:
+            page.keyboard.press(key)
+        page.wait_for_function(
+            "before => JSON.stringify([...document.querySelector('.js-plotly-plot').data[1].x]) != before",
+            arg=json.dumps(before, separators=(",", ":")),
+            timeout=10_000,
+        )
+    assert "64.00 MiB" in headline.inner_text()
+    page.get_by_role("button", name="Compare with this").click()
+    page.get_by_role("button", name="Compare no more").wait_for()
+    handle = page.locator(".widget-inline-hbox").filter(has_text="candles kept").locator(".noUi-handle")
+    box = handle.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] - 60, box["y"] + box["height"] / 2, steps=6)
+    page.mouse.up()
+    page.wait_for_function("document.querySelector('.js-plotly-plot').data[2].x.length == 6")
+    page.get_by_role("button", name="Verify on Redis").click()
+    page.locator("table").filter(has_text="used_memory").last.wait_for(timeout=60_000)
+    page.screenshot(path=BUILD / f"{name}.png", full_page=True)
+    page.get_by_role("button", name="Export").click()
+    page.get_by_text("Written to").wait_for()
+    assert 'maxmemory = "64mb"' in (made / "liqlab.toml").read_text()
+    assert (made / "redis.conf").exists()
+
+
+@pytest.mark.parametrize("width", [1100, 390])
+def test_the_app_is_used(browser, tmp_path, width):
+    port = free_port()
+    command = [sys.executable, "-c", "from liqlab.cli import main; main()", "app", str(report.sample_feed())]
+    command += ["--no-browser", f"--port={port}", f"--export-to={tmp_path / 'made'}"]
+    log = tmp_path / "app.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        answers(f"{address}/voila/static/voila.js", process, log)
+        watched = Watched(browser, width=width, host=urlsplit(address).netloc)
+        watched.page.goto(address)
+        use_the_panel(watched.page, tmp_path / "made", f"app-{width}")
+        assert watched.left == []
+        assert watched.complaints == []
+        watched.context.close()
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
+
+
+def test_lab_has_the_panel(browser, lab, tmp_path):
+    path = tmp_path / "notebooks" / "07-tuning.ipynb"
+    notebook = json.loads(path.read_text())
+    at = next(place for place, cell in enumerate(notebook["cells"]) if "widgets.panel(" in "".join(cell["source"]))
+    notebook["cells"] = notebook["cells"][: at + 1]
+    source = "".join(notebook["cells"][1]["source"])
+    notebook["cells"][1]["source"] = source.replace("../build/liqlab-config", str(tmp_path / "made")).replace(
+        "16mb", "240mb"
+    )
+    path.write_text(json.dumps(notebook))
+    watched = Watched(browser, width=1200, host=urlsplit(lab).netloc)
+    page = watched.page
+    page.goto(f"{lab}/lab/tree/07-tuning.ipynb")
+    page.locator(".jp-Notebook").wait_for(timeout=60_000)
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)  # else Lab asks which kernel to run on
+    page.locator(".lm-MenuBar-item").filter(has_text="Run").first.click()
+    page.locator(".lm-Menu-item[data-command='runmenu:run-all']").click()
+    page.locator(".jp-OutputArea .widget-hslider").first.wait_for(timeout=60_000)
+    use_the_panel(page, tmp_path / "made", "lab-panel")
     assert watched.left == []
     watched.context.close()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import ipywidgets as w
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -24,6 +25,7 @@ from liqlab.tuning import Outcome, Verified, evaluate, verify
 
 _MINUTE, _HOUR, _KIB, _MIB = 60, 3_600, 1 << 10, 1 << 20
 _PLOTLY: Final = "application/vnd.plotly.v1+json"
+_WHOLE: Final = 10  # from which on a figure is shown without its fraction
 
 
 def _times(*seconds: int) -> dict[str, int]:
@@ -228,7 +230,18 @@ def _value(settings: Settings, name: str) -> Any:
 
 
 def _table(table: pd.DataFrame) -> str:
-    return str(table.to_html(border=0, justify="right", float_format=lambda value: f"{value:,.2f}", na_rep=""))
+    def text(value: float) -> str:
+        return "" if np.isnan(value) else f"{value:,.0f}" if abs(value) >= _WHOLE else f"{value:.3g}"
+
+    cell = 'style="padding:0 12px 0 0;text-align:right"'
+    rows = [
+        f'<tr style="line-height:1.35"><th style="text-align:left;font-weight:400">{html.escape(str(name))}</th>'
+        + "".join(f"<td {cell}>{text(float(value))}</td>" for value in row)
+        + "</tr>"
+        for name, row in table.iterrows()
+    ]
+    head = "".join(f"<th {cell}>{name}</th>" for name in ("predicted", "measured", "off, %"))
+    return f'<table style="font-size:12px"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
 
 
 def panel(
