@@ -276,7 +276,7 @@ def test_lab_has_the_panel(browser, lab, tmp_path):
     notebook["cells"] = notebook["cells"][: at + 1]
     source = "".join(notebook["cells"][1]["source"])
     notebook["cells"][1]["source"] = source.replace("../build/liqlab-config", str(tmp_path / "made")).replace(
-        "16mb", "240mb"
+        "24mb", "240mb"
     )
     path.write_text(json.dumps(notebook))
     watched = Watched(browser, width=1200, host=urlsplit(lab).netloc)

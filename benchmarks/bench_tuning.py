@@ -1,0 +1,94 @@
+"""How fast the models are: a move of each slider of the panel, a sweep beside a replay, two Dask workers beside one.
+
+python benchmarks/bench_tuning.py [--quick] [--events 1000000] [--settings 648]
+
+A slider move is what the kernel does between two figures: the models and the update of the panel's figure. The rival of
+a sweep is the replay of the same feed under one setting by `liqlab.ingest`: writer, sealing and expiry, no detector.
+Rows: slider_ms, sweep_vs_replay, dask_two_workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from distributed import LocalCluster
+
+import liqlab
+from benchmarks.rows import record
+from liqlab import clock, settings, sizing, widgets
+from liqlab.tuning import SPACE, sweep
+from liqlab.widgets.panel import KNOBS
+
+
+def slider_ms(events: sizing.Prepared) -> list[float]:
+    """Move each slider over all of its values, and back: the ms of each move."""
+    panel = widgets.panel(events, settings.load())
+    found = []
+    for name, (_, values) in KNOBS.items():
+        if not isinstance(next(iter(values.values())), int | float):
+            continue
+        taken = []
+        for value in [*values.values(), *reversed(values.values())]:
+            if panel.knobs[name].value != value:
+                began = clock.elapsed_s()
+                panel.knobs[name].value = value
+                taken.append(1000 * (clock.elapsed_s() - began))
+        panel.reset.click()
+        found += taken
+        print(f"{name:34} median {np.median(taken):6.0f} ms, worst {max(taken):6.0f}", flush=True)
+    return found
+
+
+async def replayed_s(events: sizing.Prepared) -> float:
+    with liqlab.serve(maxmemory=0) as server:
+        async with server.connect() as redis:
+            return (await liqlab.ingest(events.columns.table(), redis)).seconds
+
+
+def swept_s(events: sizing.Prepared, count: int, workers: int = 0) -> float:
+    """Sweep in this process, or on so many Dask workers that have started; the feed's way to them counts."""
+    with ExitStack() as stack:
+        address = None
+        if workers:
+            cluster = stack.enter_context(LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None))
+            address = cluster.scheduler_address
+        fresh = sizing.prepare(events.columns.table())
+        began = clock.elapsed_s()
+        sweep(fresh, SPACE, count=count, dask=address)
+        return clock.elapsed_s() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the events and settings; nothing is recorded")
+    parser.add_argument("--events", type=int, default=1_000_000)
+    parser.add_argument("--settings", type=int, default=648, help="combinations of the sweep; all are 648")
+    options = parser.parse_args()
+    size, count = (
+        (options.events // 10, options.settings // 10) if options.quick else (options.events, options.settings)
+    )
+    feed = liqlab.synth("normal", hours=24, rate_per_min=size / 1_440, seed=0)
+    events = sizing.prepare(feed)
+    print(f"{len(events):,} events")
+    moves = slider_ms(events)
+    print(f"slider: median {np.median(moves):.0f} ms, worst {max(moves):.0f} ms of {len(moves)} moves")
+    replay_s = asyncio.run(replayed_s(events))
+    one_s = swept_s(events, count)
+    print(f"replay {replay_s:.1f} s; a sweep of {count} settings {one_s:.1f} s, {1000 * one_s / count:.1f} ms each")
+    single_s, two_s = (swept_s(events, count, workers) for workers in (1, 2))
+    print(f"Dask: one worker {single_s:.1f} s, two {two_s:.1f} s")
+    if not options.quick:
+        record("slider_ms", float(np.median(moves)), "ms, median", "limit", 100)
+        record("sweep_vs_replay", one_s / count, "s a setting", "replay", replay_s)
+        record("dask_two_workers", two_s, "s", "one worker", single_s)
+
+
+if __name__ == "__main__":
+    main()
