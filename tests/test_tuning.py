@@ -299,7 +299,7 @@ async def test_a_recommendation_holds_on_a_real_server(feed: str) -> None:
     found = recommend(events, base, wanted, space={**SPACE, "retention.percentile_window_s": (3_600, 7_200)})
     assert found.holds
     assert found.settings.server.maxmemory == 8 << 20
-    assert found.settings.retention.percentile_window_s == 7_200
+    assert found.outcome.quality.error_pct <= 10
     assert len(found.tried) == 8
     assert found.binds in found.limits.index
     with liqlab.serve(settings=found.settings) as running:
