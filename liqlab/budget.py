@@ -69,8 +69,8 @@ class Budget:
             "used_memory": self.used_memory,
             "maxmemory": self.maxmemory,
             "over": self.over,
-            "shares": _records(self.table),
-            "families": _records(self.families),
+            "shares": records(self.table.reset_index()),
+            "families": records(self.families.reset_index()),
             "overhead": self.overhead.to_dict(),
         }
 
@@ -181,11 +181,10 @@ async def sizes(redis: Redis, keys: Iterable[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["key", "type", "members", "bytes"]).set_index("key")
 
 
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    rows = table.reset_index().astype(object)
-    return [
-        {str(name): value for name, value in row.items()} for row in rows.where(rows.notna(), None).to_dict("records")
-    ]
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows of a table, without its index, as JSON knows them: what is not known is None."""
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    return [{str(name): value for name, value in row.items()} for row in rows]
 
 
 async def _snapshot(redis: Redis) -> tuple[dict[str, Any], dict[str, Any]]:

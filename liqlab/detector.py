@@ -26,6 +26,7 @@ from liqlab.events import SIDES, Columns, check, run_starts
 from liqlab.percentiles import LogBins, Method, Unlimited
 from liqlab.quantiles import Distribution
 from liqlab.server import checkpoint
+from liqlab.settings import Detector as Detection
 from liqlab.settings import Settings, load
 
 _POLL_S: Final = 0.25
@@ -95,6 +96,27 @@ def table(alerts: Iterable[Alert]) -> pd.DataFrame:
     return rows.astype(types).sort_values(["ts_ms", "symbol", "side"], kind="stable", ignore_index=True)
 
 
+def volumes(events: Columns, span_ms: int) -> NDArray[np.float64]:
+    """Return, for each event, what its symbol and side have come to by then, within so many ms, USD.
+
+    Late events stand where they came; a sum is over what has come until then.
+    """
+    group, times = 2 * events.symbol.astype(np.int64) + events.side, np.maximum.accumulate(events.ts_ms)
+    order = np.argsort(group, kind="stable")
+    since = times - times[0] + span_ms
+    place = (group * (int(since[-1]) + 1) + since)[order]  # a group's places lie behind all of the group before
+    total = np.concatenate([[0.0], np.cumsum(events.notional[order])])
+    volume = np.empty(len(events))
+    volume[order] = total[1:] - total[np.searchsorted(place, place - span_ms, side="right")]
+    return volume
+
+
+def large(events: Columns, volume: NDArray[np.float64], settings: Detection) -> Rows:
+    """Return the rows of events that are large enough in USD, in a volume that is: what may be an alert."""
+    least = np.array([settings.min_usd_of.get(symbol, settings.min_usd) for symbol in events.symbols])
+    return np.flatnonzero((events.notional >= least[events.symbol]) & (volume >= settings.volume_usd))
+
+
 class Detector:
     """Raises an alert for each event that is one.
 
@@ -148,9 +170,8 @@ class Detector:
         events : Columns
             In time order, going on where those of the last call ended; at least one.
         """
-        volume, detector = await self._volumes(events), self.settings.detector
-        least = np.array([detector.min_usd_of.get(symbol, detector.min_usd) for symbol in events.symbols])
-        return np.flatnonzero((events.notional >= least[events.symbol]) & (volume >= detector.volume_usd)), volume
+        volume = await self._volumes(events)
+        return large(events, volume, self.settings.detector), volume
 
     async def judge(self, events: Columns, rows: Rows, volume: NDArray[np.float64]) -> list[Alert]:
         """Raise those of `rows` that are alerts.
@@ -223,14 +244,8 @@ class Detector:
             before_ms = max(begin_ms - span_ms, 0), begin_ms - 1
             self._recent = Columns.of(await archive.history(self.redis, None, *before_ms, settings=self.settings))
         known = Columns.concat([self._recent, events]) if self._recent is not None and len(self._recent) else events
-        # Late events stand where they came; a sum is over what has come until then.
-        group, times = 2 * known.symbol.astype(np.int64) + known.side, np.maximum.accumulate(known.ts_ms)
-        order = np.argsort(group, kind="stable")
-        since = times - times[0] + span_ms
-        place = (group * (int(since[-1]) + 1) + since)[order]  # a group's places lie behind all of the group before
-        total = np.concatenate([[0.0], np.cumsum(known.notional[order])])
-        volume = np.empty(len(known))
-        volume[order] = total[1:] - total[np.searchsorted(place, place - span_ms, side="right")]
+        volume = volumes(known, span_ms)
+        times = np.maximum.accumulate(known.ts_ms)
         self._recent = known.rows(slice(int(np.searchsorted(times, times[-1] - span_ms, side="right")), None))
         return volume[-len(events) :]
 

@@ -15,7 +15,7 @@ import pandas as pd
 from redis.asyncio import Redis
 
 from liqlab import clock
-from liqlab.budget import measure
+from liqlab.budget import measure, records
 from liqlab.cleanup import Cleaner
 from liqlab.detector import Detector, backtest
 from liqlab.events import Columns, check
@@ -82,6 +82,13 @@ class Fidelity:
     def differing(self) -> pd.DataFrame:
         """Those of `pairs` that were missed, are extra, or came at another event."""
         return self.pairs[self.pairs["delay_s"] != 0].reset_index(drop=True)
+
+    @property
+    def by_hour(self) -> pd.DataFrame:
+        """How many alerts are same, missed and extra; index: ts_ms, the begin of an hour that has some."""
+        hour = self.pairs["ts_ms_true"].fillna(self.pairs["ts_ms_found"]).astype("int64") // clock.HOUR_MS
+        counts = pd.crosstab(hour * clock.HOUR_MS, self.pairs["what"]).rename_axis("ts_ms")
+        return counts.reindex(columns=["same", "missed", "extra"], fill_value=0)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as plain numbers, for JSON; delays are of alerts that are the same, s."""
@@ -251,19 +258,13 @@ class Replayed:
     @property
     def alerts_over_time(self) -> pd.DataFrame:
         """By hour: ts_ms (its begin), true, found, same, precision and recall (0 to 1; NaN where there is none)."""
-        pairs, line = self.fidelity.pairs, self.timeline["ts_ms"] // clock.HOUR_MS
-        hour = (pairs["ts_ms_true"].fillna(pairs["ts_ms_found"]) // clock.HOUR_MS).astype("int64")
-        what = pd.crosstab(hour, pairs["what"]) if len(pairs) else pd.DataFrame()
-        hours = range(min([line.min(), *hour]), max([line.max(), *hour]) + 1)
-        what = what.reindex(index=hours, columns=["same", "missed", "extra"], fill_value=0)
+        what, line = self.fidelity.by_hour, self.timeline["ts_ms"] // clock.HOUR_MS * clock.HOUR_MS
+        ends = [*line.iloc[[0, -1]], *what.index]
+        what = what.reindex(range(min(ends), max(ends) + 1, clock.HOUR_MS), fill_value=0)
         table = pd.DataFrame(
-            {
-                "ts_ms": np.array(hours, np.int64) * clock.HOUR_MS,
-                "true": (what["same"] + what["missed"]).to_numpy(),
-                "found": (what["same"] + what["extra"]).to_numpy(),
-                "same": what["same"].to_numpy(),
-            }
+            {"true": what["same"] + what["missed"], "found": what["same"] + what["extra"], "same": what["same"]}
         )
+        table = table.rename_axis("ts_ms").reset_index()
         for name, whole in (("precision", "found"), ("recall", "true")):
             table[name] = table["same"] / table[whole].where(table[whole] > 0)
         return table
@@ -275,10 +276,10 @@ class Replayed:
             "maxmemory": self.maxmemory,
             "events_lost": self.events_lost,
             "lost": self.lost,
-            "table": _records(self.table.reset_index()),
+            "table": records(self.table.reset_index()),
             "fidelity": self.fidelity.as_dict(),
-            "errors": _records(self.errors),
-            "alerts_over_time": _records(self.alerts_over_time),
+            "errors": records(self.errors),
+            "alerts_over_time": records(self.alerts_over_time),
         }
 
     def plot(self) -> go.Figure:
@@ -286,11 +287,6 @@ class Replayed:
         from liqlab import plots  # the one look upward, for who holds a result in a notebook
 
         return plots.replayed(self)
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    return [{str(name): value for name, value in row.items()} for row in rows]
 
 
 async def replay(

@@ -306,6 +306,12 @@ def load(**overrides: Any) -> Settings:
         raise SettingsError(f"{FILE}: {error}") from None
 
 
+def setting(settings: Settings, name: str) -> Any:
+    """Return a setting by its dotted name, such as ``writer.layout``."""
+    section, _, field = name.rpartition(".")
+    return getattr(getattr(settings, section) if section else settings, field)
+
+
 def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     """Return settings of which some are others.
 

@@ -276,3 +276,30 @@ def test_the_documented_examples_hold(nowhere):
     (nowhere / FILE).write_text(re.search(r"```toml\n(.*?)```", text, re.DOTALL)[1])
     assert load().feeds.contract_sizes == {"okx:BTC-USD-SWAP": 100.0}
     assert f"\n    {problem(writer={'layout': 'both'})}\n" in text
+
+
+def test_some_settings_are_changed_and_the_rest_stay() -> None:
+    base = settings.load(retention={"hot_s": 60})
+    other = settings.changed(base, {"writer.layout": "hybrid", "retention.vwap_s": 5, "shards": 3})
+    assert (other.writer.layout, other.retention.vwap_s, other.retention.hot_s, other.shards) == ("hybrid", 5, 60, 3)
+    assert base.writer.layout == "shared"
+    assert settings.setting(other, "writer.layout") == "hybrid"
+    assert settings.setting(other, "shards") == 3
+    # Of one section together: what must hold of them all is asked of the result.
+    shares = settings.changed(base, {"budget.streams": 0.5, "budget.vwap": 0.0}).budget
+    assert sum(shares.model_dump().values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"writer.layot": "shared"}, r"writer\.layot: no such setting; did you mean writer\.layout\?"),
+        ({"writer.layout": "odd"}, r"writer\.layout = 'odd': input should be"),
+        ({"retention.hot_s": -1}, r"retention\.hot_s = -1: "),
+        ({"shards": 0}, r"shards = 0: "),
+        ({"budget.streams": 0.9}, r"budget: the six shares add to 1\.5"),
+    ],
+)
+def test_a_change_that_is_not_acceptable_is_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(settings.SettingsError, match=message):
+        settings.changed(settings.load(), changes)

@@ -102,8 +102,8 @@ def test_an_export_that_fails_says_why(events: sizing.Prepared, tmp_path: Path) 
 
 async def test_verify_plays_the_feed_on_a_real_server(panel: TuningPanel) -> None:
     panel.check.click()
-    assert panel._task is not None
-    await panel._task
+    assert panel.task is not None
+    await panel.task
     assert panel.verified is not None, panel.note.value
     assert panel.verified.fits
     assert panel.bar.value == 1
@@ -116,8 +116,8 @@ async def test_a_replay_can_be_cancelled(panel: TuningPanel) -> None:
     await asyncio.sleep(0.3)
     assert panel.check.disabled
     panel.cancel.click()
-    assert panel._task is not None
-    await panel._task
+    assert panel.task is not None
+    await panel.task
     assert panel.verified is None
     assert "Cancelled" in panel.note.value
     assert not panel.check.disabled

@@ -14,28 +14,22 @@ import typer
 from rich.table import Table
 
 from liqlab import __version__
-from liqlab.cli import operate, study, tune, workbench
+from liqlab.cli import operate, study, tune
 from liqlab.cli.options import (
     OVER_BUDGET,
-    Exchange,
     FailOn,
     FeedOption,
     Feeds,
-    Format,
     Json,
-    Map,
     Set,
-    Symbol,
-    Unit,
     Url,
-    Zone,
     chosen_settings,
+    on_feed,
     on_server,
     paths,
-    read,
 )
 from liqlab.cli.terminal import budget_table, log, plain_table, print_json, progress, screen
-from liqlab.settings import SettingsError
+from liqlab.settings import Settings, SettingsError
 
 app = typer.Typer(
     help="How much liquidation history a small Redis keeps, and what each choice costs.",
@@ -46,8 +40,8 @@ app = typer.Typer(
 feeds_app = typer.Typer(help="Recorded feeds: what is in them.", no_args_is_help=True)
 app.add_typer(feeds_app, name="feeds")
 for _command in (
-    *(study.quantiles, study.detect),
-    *(tune.size, workbench.replay, tune.tune, tune.recommend, tune.app),
+    *(study.quantiles, study.detect, study.replay),
+    *(tune.size, tune.tune, tune.recommend, tune.app),
     *(operate.cleanup, operate.restore, operate.monitor, operate.config, operate.migrate),
 ):
     app.command()(_command)
@@ -152,18 +146,12 @@ def serve(options: Set = None, seconds: Annotated[float | None, typer.Option(hel
 
 
 @app.command()
+@on_feed
 def ingest(
-    feeds: Feeds = None,
-    feed: FeedOption = None,
-    form: Format = "auto",
-    symbol: Symbol = None,
-    exchange: Exchange = None,
-    columns: Map = None,
-    unit: Unit = None,
-    tz: Zone = None,
+    recorded: Any,
+    chosen: Settings,
     redis: Url = None,
     expire: Annotated[bool, typer.Option(help="Let TTLs run on the feed's clock.")] = True,
-    options: Set = None,
     as_json: Json = False,
 ) -> None:
     """Write a feed into Redis: the one of LIQLAB_REDIS_URL, else a private one that is gone afterwards.
@@ -173,9 +161,6 @@ def ingest(
     from liqlab import budget as module
     from liqlab import server
     from liqlab.replay import ingest as play
-
-    chosen = chosen_settings(options)
-    recorded = read(paths(feeds, feed), chosen, form, symbol, exchange, columns, unit, tz)
 
     async def run(url: str) -> tuple[Any, Any]:
         async with server.connect(url) as client:
@@ -198,16 +183,10 @@ def ingest(
 
 
 @app.command()
+@on_feed
 def codecs(
-    feeds: Feeds = None,
-    feed: FeedOption = None,
-    form: Format = "auto",
-    symbol: Symbol = None,
-    exchange: Exchange = None,
-    columns: Map = None,
-    unit: Unit = None,
-    tz: Zone = None,
-    options: Set = None,
+    recorded: Any,
+    chosen: Settings,
     as_json: Json = False,
 ) -> None:
     """Encode a feed with every codec: bytes and microseconds an event, without a server.
@@ -217,7 +196,6 @@ def codecs(
     from liqlab.codecs.compare import compare
     from liqlab.feeds import FeedError
 
-    recorded = read(paths(feeds, feed), chosen_settings(options), form, symbol, exchange, columns, unit, tz)
     if recorded.events.empty:
         raise FeedError("the feed holds no event; `liqlab feeds inspect` says why")
     found = compare(recorded.events)
@@ -309,23 +287,16 @@ def doctor(as_json: Json = False) -> None:
 
 
 @feeds_app.command()
+@on_feed
 def inspect(
-    feeds: Feeds = None,
-    feed: FeedOption = None,
-    form: Format = "auto",
-    symbol: Symbol = None,
-    exchange: Exchange = None,
-    columns: Map = None,
-    unit: Unit = None,
-    tz: Zone = None,
-    options: Set = None,
+    recorded: Any,
+    chosen: Settings,
     as_json: Json = False,
 ) -> None:
     """Read a feed and say what is in it: read = accepted + duplicates + rejected.
 
     Example: liqlab feeds inspect recording.csv --map ts_ms=timestamp,size=quantity --unit base
     """
-    recorded = read(paths(feeds, feed), chosen_settings(options), form, symbol, exchange, columns, unit, tz)
     print_json(recorded.report.as_dict()) if as_json else screen.print(plain_table(recorded.report.table()))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 import sys
 import tempfile
@@ -13,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from rich.table import Table
 
-from liqlab.cli.options import OVER_BUDGET, Json, on_feed
+from liqlab.cli.options import OVER_BUDGET, Json, on_feed, on_private
 from liqlab.cli.terminal import log, print_json, progress, screen
-from liqlab.settings import Settings, SettingsError, changed, parse_bytes
+from liqlab.settings import Settings, SettingsError, changed, parse_bytes, setting
 
 if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
     from liqlab.sizing import Calibration
     from liqlab.tuning import Outcome, Recommendation, Verified
 
@@ -45,7 +46,7 @@ def size(
 
     found = evaluate(prepare(extrapolate(recorded, rate=rate, hours=hours)), chosen, _calibrated(chosen))
     if as_json:
-        print_json({**_plain(found.as_dict()), "predicted": found.predicted.as_dict()})
+        print_json({**found.as_dict(), "predicted": found.predicted.as_dict()})
         return
     _say(found)
     families = found.predicted.table
@@ -77,6 +78,7 @@ def tune(
 
     Example: liqlab tune --feed data/normal-6h.jsonl.gz --count 200 --vary writer.block_bytes=4096,16384,65536
     """
+    from liqlab.budget import records
     from liqlab.tuning import SPACE, extrapolate, pareto, sweep
 
     space = dict(_varied(one, chosen) for one in vary or []) or SPACE
@@ -87,7 +89,7 @@ def tune(
         )  # fmt: skip
     front = pareto(tried).sort_values("history_h", ascending=False)
     if as_json:
-        print_json({"tried": len(tried), "front": [_plain(row) for row in front.to_dict("records")]})
+        print_json({"tried": len(tried), "front": records(front)})
         return
     screen.print(f"{len(tried):,} settings tried; {len(front):,} are beaten by no other")
     varied = [name for name in space if front[name].nunique() > 1]
@@ -142,11 +144,11 @@ def recommend(
         found = recommend(
             recorded, chosen, wanted, calibration=known, count=count, dask=dask, workers=workers, progress=step
         )
-    checked = asyncio.run(_verified(found, known)) if verify else None
+    checked = _verified(found, known) if verify else None
     written = config.write(out, found.settings) if out else []
     if as_json:
         settings = found.settings.model_dump(mode="json", exclude={"redis_url"}, exclude_defaults=True)
-        print_json({**_plain(found.as_dict()), "settings": settings, "verified": checked and _plain(checked.as_dict())})
+        print_json({**found.as_dict(), "settings": settings, "verified": checked and checked.as_dict()})
     else:
         _show(found, checked)
         for path in written:
@@ -181,28 +183,23 @@ def app(
         process.wait()
 
 
-async def _verified(found: Recommendation, known: Calibration) -> Verified:
-    from liqlab import server
+def _verified(found: Recommendation, calibration: Calibration) -> Verified:
     from liqlab.tuning import verify
 
-    with server.serve(settings=found.settings) as running, progress("verify") as step:
-        async with running.connect() as client:
+    async def run(client: Redis) -> Verified:
+        with progress("verify") as step:
             return await verify(
-                found.events, found.settings, client, calibration=known, window_s=found.window_s, progress=step
+                found.events, found.settings, client, calibration=calibration, window_s=found.window_s, progress=step
             )
+
+    return on_private(found.settings, run, tdigest=False)
 
 
 def _calibrated(chosen: Settings) -> Calibration:
     """Measure the server that liqlab would start: a second, and every figure is of that server."""
-    from liqlab import server
     from liqlab.sizing import calibrate
 
-    async def measured() -> Calibration:
-        async with running.connect() as client:
-            return await calibrate(client)
-
-    with server.serve(settings=chosen) as running:
-        return asyncio.run(measured())
+    return on_private(chosen, calibrate, tdigest=False)
 
 
 def _bytes(memory: str | None) -> int | None:
@@ -218,26 +215,13 @@ def _varied(text: str, chosen: Settings) -> tuple[str, list[Any]]:
     name, separator, values = text.partition("=")
     if not separator or not values:
         raise SettingsError(f"--vary {text!r}: write it as NAME=A,B, e.g. --vary writer.layout=shared,hybrid")
-    section, _, field = name.rpartition(".")
-    found = [changed(chosen, {name: value.strip()}) for value in values.split(",")]
-    return name, [getattr(getattr(one, section) if section else one, field) for one in found]
+    return name, [setting(changed(chosen, {name: one.strip()}), name) for one in values.split(",")]
 
 
 def _say(found: Outcome) -> None:
     from liqlab.budget import human
 
-    screen.print(
-        f"{found.history_h:,.1f} hours of history in {human(found.maxmemory)}, {found.event_bytes:.1f} bytes an event; "
-        f"{'fits' if found.fits else 'does not fit'}; least headroom: {found.binds}, {found.headroom_pct:.0f} %",
-        soft_wrap=True,
-    )
-    alerts, error = found.quality.fidelity, found.quality.error_pct
-    if error == error:
-        screen.print(
-            f"95 of 100 thresholds within {error:.2f} % of exact history's; of {len(alerts.true):,} alerts"
-            f" {alerts.identical:,} are the very same, {(alerts.pairs['what'] == 'missed').sum():,} missed",
-            soft_wrap=True,
-        )
+    screen.print(f"{found.headline}. {found.detail}", soft_wrap=True)
     table = Table(box=None)
     for name in ("share", "most", "of", "headroom"):
         table.add_column(name, justify="left" if name == "share" else "right")
@@ -275,14 +259,3 @@ def _show(found: Recommendation, checked: Verified | None) -> None:
     screen.print(
         f"{'stays within' if checked.fits else 'does not stay within'} its memory; evicted: {checked.ingested.evicted}"
     )
-
-
-def _plain(values: Any) -> Any:
-    """Return values as JSON knows them: NaN is null."""
-    if isinstance(values, dict):
-        return {name: _plain(value) for name, value in values.items()}
-    if isinstance(values, list):
-        return [_plain(value) for value in values]
-    if hasattr(values, "item"):
-        values = values.item()
-    return None if isinstance(values, float) and values != values else values

@@ -83,7 +83,7 @@ def tuning_panel(outcome: Outcome, pinned: Outcome | None = None) -> go.Figure:
     span = [pd.Timestamp(ms, unit="ms") for ms in (first, outcome.predicted.families.index[-1])]
     for row in (2, 3, 4):
         figure.update_xaxes(range=span, row=row, col=1)
-    return dress(figure, headline(outcome), detail(outcome), 740, legend=True)
+    return dress(figure, outcome.headline, outcome.detail, 740, legend=True)
 
 
 def panel_data(outcome: Outcome, pinned: Outcome | None = None) -> list[dict[str, Any]]:
@@ -132,40 +132,9 @@ def _memory(outcome: Outcome) -> tuple[Any, dict[str, Any]]:
 
 
 def _alerts(outcome: Outcome) -> list[dict[str, Any]]:
-    pairs = outcome.quality.fidelity.pairs
-    hour = (pairs["ts_ms_true"].fillna(pairs["ts_ms_found"]) // _HOURS * _HOURS).astype("int64")
-    found: list[dict[str, Any]] = []
-    below: Any = None
-    counts = pd.crosstab(hour, pairs["what"]).reindex(columns=list(_WHAT), fill_value=0) if len(pairs) else None
-    for name in _WHAT:
-        if counts is None:
-            found.append({"x": [], "y": [], "base": []})
-            continue
-        size = counts[name].to_numpy()
-        below = np.zeros(len(size)) if below is None else below
-        found.append({"x": pd.to_datetime(counts.index + _HOURS // 2, unit="ms").to_numpy(), "y": size, "base": below})
-        below = below + size
-    return found
-
-
-def headline(outcome: Outcome) -> str:
-    """Return in one sentence what settings buy."""
-    hours = outcome.history_h
-    kept = f"{hours:,.1f} hours" if hours < 48 else f"{hours / 24:,.1f} days"
-    if not outcome.fits:
-        return f"Does not fit: {outcome.binds} is {-outcome.headroom_pct:.0f} % over its budget"
-    return f"{kept} of history in {human(outcome.maxmemory)}"
-
-
-def detail(outcome: Outcome) -> str:
-    """Return in a line what stands behind `headline`: bytes of an event, thresholds, alerts, and what is fullest."""
-    alerts, error = outcome.quality.fidelity, outcome.quality.error_pct
-    recall = (
-        "no alerts" if alerts.recall is None else f"{100 * alerts.recall:.1f} % of {len(alerts.true):,} alerts raised"
-    )
-    within = "no thresholds" if np.isnan(error) else f"95 of 100 thresholds within {error:.2f} %"
-    least = f"Least headroom: {outcome.binds}, {outcome.headroom_pct:.0f} %."
-    return f"{outcome.event_bytes:.1f} bytes an event. {within[:1].upper()}{within[1:]}, {recall}. {least}"
+    counts = outcome.quality.fidelity.by_hour
+    hours, below = pd.to_datetime(counts.index + _HOURS // 2, unit="ms").to_numpy(), counts.cumsum(axis=1) - counts
+    return [{"x": hours, "y": counts[name].to_numpy(), "base": below[name].to_numpy()} for name in _WHAT]
 
 
 def pareto_front(tried: pd.DataFrame, front: pd.DataFrame) -> go.Figure:

@@ -177,11 +177,6 @@ class Layout:
         stream, tree = (112, 24) if self.name == "kvobj" else (80, 32 if self.valkey else 24)
         return int(self.alloc(stream) + self.alloc(tree) + self.alloc(32))
 
-    @property
-    def list_node(self) -> int:
-        """Bytes around the one listpack of a list: none from Redis 7.2 on, quicklist.c's before."""
-        return int(self.alloc(48) + self.alloc(32)) if self.separate else 0
-
 
 def _buckets(keys: int) -> int:
     return int(_power_of_two(max(keys * 5 - 1, 0) // 32 + 1))

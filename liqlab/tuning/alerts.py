@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
+from liqlab.detector import large, volumes
 from liqlab.events import SIDES, run_starts
 from liqlab.fidelity import Fidelity, compare
 from liqlab.quantiles import represented
@@ -97,12 +98,9 @@ class _Asked:
     def __init__(self, prepared: Prepared, settings: Settings) -> None:
         columns, detector = prepared.columns.rows(prepared.order), settings.detector
         self._prepared, self._columns = prepared, columns
+        volume = volumes(prepared.columns, 1000 * detector.volume_s)[prepared.order]
+        self._likely = large(columns, volume, detector)
         symbol = columns.symbol.astype(np.int64)
-        least = np.array([detector.min_usd_of.get(name, detector.min_usd) for name in columns.symbols])
-        volume = _volumes(
-            symbol, columns.side.astype(np.int64), columns.ts_ms, columns.notional, 1000 * detector.volume_s
-        )
-        self._likely = np.flatnonzero((columns.notional >= least[symbol]) & (volume >= detector.volume_usd))
         every_ms = 1000 * detector.refresh_s
         number = columns.ts_ms[self._likely] // every_ms
         first = int(number.min()) if len(number) else 0
@@ -175,15 +173,3 @@ class _Asked:
             }
         )
         return table.sort_values(["ts_ms", "symbol", "side"], kind="stable", ignore_index=True)
-
-
-def _volumes(symbol: Ints, side: Ints, ts_ms: Ints, notional: Floats, span_ms: int) -> Floats:
-    """Return what the symbol and side of each event have come to by then, within so many ms; events by symbol."""
-    group = symbol * len(SIDES) + side
-    order = np.argsort(group, kind="stable")
-    since = ts_ms - ts_ms.min() + span_ms
-    place = (group * (int(since.max()) + 1) + since)[order]
-    total = np.concatenate([[0.0], np.cumsum(notional[order])])
-    volume = np.empty(len(group))
-    volume[order] = total[1:] - total[np.searchsorted(place, place - span_ms, side="right")]
-    return volume

@@ -9,12 +9,14 @@ from typing import Any, Final, Literal
 import numpy as np
 import pandas as pd
 
+from liqlab.budget import records
 from liqlab.feeds import Feed
-from liqlab.settings import Settings, changed, load
+from liqlab.replay import Progress
+from liqlab.settings import Settings, changed, load, setting
 from liqlab.sizing import Calibration, prepare
 from liqlab.tuning.outcome import Outcome, evaluate
 from liqlab.tuning.rates import extrapolate
-from liqlab.tuning.search import SPACE, Progress, sweep
+from liqlab.tuning.search import SPACE, sweep
 
 _SLACK: Final = 1.25  # of a fitted share
 _LEAST: Final = 0.01  # of maxmemory, for any share: what is empty today may not be tomorrow
@@ -96,7 +98,7 @@ class Recommendation:
             **self.outcome.as_dict(),
             "holds": self.holds,
             "binds": self.binds,
-            "limits": self.limits.reset_index().to_dict("records"),
+            "limits": records(self.limits.reset_index()),
             "tried": len(self.tried),
             "holding": int(self.tried["holds"].sum()),
         }
@@ -149,7 +151,7 @@ def recommend(
     if wanted.shares == "fitted":
         base = changed(base, _fitted(evaluate(prepared, base, calibration)))
     if space is None:
-        space = {name: _with(values, _value(base, name)) for name, values in SPACE.items()}
+        space = {name: _with(values, setting(base, name)) for name, values in SPACE.items()}
     tried = sweep(prepared, space, settings=base, calibration=calibration, progress=progress, **options)
     true = len(evaluate(prepared, base, calibration).quality.fidelity.true)
     recall = min(wanted.recall, 1 - 1 / max(true, 1))
@@ -181,7 +183,7 @@ def _fitted(outcome: Outcome) -> dict[str, float]:
 
 def _best(tried: pd.DataFrame, excess: pd.Series, base: Settings, names: list[str]) -> Any:
     """Return the index of the row to take."""
-    others = sum((tried[name] != _value(base, name)).astype(int) for name in names)
+    others = sum((tried[name] != setting(base, name)).astype(int) for name in names)
     order = pd.DataFrame({"used": tried["used_bytes"], "others": others, "excess": excess})
     if not tried["holds"].any():
         return order.sort_values(["excess", "used", "others"], kind="stable").index[0]
@@ -196,18 +198,16 @@ def _limits(outcome: Outcome, wanted: Constraints, recall: float) -> pd.DataFram
     figures, shares = outcome.as_dict(), outcome.shares.drop(index="streams")
     rows = {f"{name} bytes": (row["bytes"], row["budget_bytes"]) for name, row in shares.iterrows()}
     rows["used_memory bytes"] = (outcome.used_bytes + outcome.predicted.error_bytes, outcome.maxmemory)
-    rows["threshold error %"] = (np.nan_to_num(figures["threshold_error_pct"]), wanted.error_pct)
-    rows["alerts missed %"] = (100 * (1 - np.nan_to_num(figures["recall"], nan=1.0)), 100 * (1 - recall))
+    rows["threshold error %"] = (figures["threshold_error_pct"] or 0.0, wanted.error_pct)
+    rows["alerts missed %"] = (
+        100 * (1 - (1.0 if figures["recall"] is None else figures["recall"])),
+        100 * (1 - recall),
+    )
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["value", "limit"]).astype(float)
     table["used_pct"] = 100 * table["value"] / table["limit"].clip(lower=1e-9)
     if wanted.history_h:
         table.loc["history h"] = (outcome.history_h, wanted.history_h, 100 * wanted.history_h / outcome.history_h)
     return table.rename_axis("limit of")
-
-
-def _value(settings: Settings, name: str) -> Any:
-    section, _, field = name.rpartition(".")
-    return getattr(getattr(settings, section) if section else settings, field)
 
 
 def _with(values: Sequence[Any], own: Any) -> tuple[Any, ...]:

@@ -10,12 +10,15 @@ import numpy as np
 import pandas as pd
 
 from liqlab import clock, schema
+from liqlab.budget import human
 from liqlab.settings import Settings
 from liqlab.sizing import Calibration, Predicted, Prepared, predict
-from liqlab.sizing.structures import LEAF, PREALLOCATED, Floats, Ints, Layout
+from liqlab.sizing.prepare import through
+from liqlab.sizing.structures import LEAF, PREALLOCATED, Layout
 from liqlab.tuning.alerts import Quality, quality
 
 _MS_DIGITS: Final = 13  # of a time, which is what a cooldown's key holds
+_HOURS_SAID: Final = 48  # from which on history is said in days
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,17 @@ class Outcome:
         stream = layout.key(length + len("signal:")) + layout.stream + layout.alloc(node) + layout.alloc(LEAF)
         again = alerts.groupby("symbol")["ts_ms"].shift(-1).fillna(np.inf).to_numpy()
         times = alerts["ts_ms"].to_numpy()
-        signal = _through(rows, times, np.minimum(times + 1000.0 * retention.signal_s, again), stream)
         string = layout.string(length + len("alert::sell"), _MS_DIGITS)
-        cooldown = _through(rows, times, times + 1000.0 * retention.cooldown_s, string)
+        ends = np.append(rows[1:], rows[-1] + clock.MINUTE_MS)
+        born, until, over = (
+            ends.searchsorted(ms, "right")
+            for ms in (
+                times,
+                np.minimum(times + 1000.0 * retention.signal_s, again),
+                times + 1000 * retention.cooldown_s,
+            )
+        )
+        signal, cooldown = through(len(rows), born, until, stream), through(len(rows), born, over, string)
         return self.predicted.families.assign(signal=signal, cooldown=cooldown)
 
     @cached_property
@@ -117,30 +128,44 @@ class Outcome:
         """Whether every share is within its budget, and the whole too where the prediction errs as far as it may."""
         return self.headroom_pct >= 0 and self.used_bytes + self.predicted.error_bytes <= self.maxmemory
 
+    @property
+    def headline(self) -> str:
+        """What settings buy, in one sentence."""
+        hours = self.history_h
+        kept = f"{hours:,.1f} hours" if hours < _HOURS_SAID else f"{hours / 24:,.1f} days"
+        if not self.fits:
+            return f"Does not fit: {self.binds} is {-self.headroom_pct:.0f} % over its budget"
+        every = ", as long as events live," if hours == self.settings.retention.events_s / 3600 else ""
+        return f"{kept} of history{every} in {human(self.maxmemory)}"
+
+    @property
+    def detail(self) -> str:
+        """What stands behind `headline`, in a line: bytes of an event, thresholds, alerts, and what is fullest."""
+        alerts, error = self.quality.fidelity, self.quality.error_pct
+        within = "No thresholds" if np.isnan(error) else f"95 of 100 thresholds within {error:.2f} %"
+        raised = (
+            "no alerts"
+            if alerts.recall is None
+            else f"{100 * alerts.recall:.1f} % of {len(alerts.true):,} alerts raised"
+        )
+        least = f"Least headroom: {self.binds}, {self.headroom_pct:.0f} %."
+        return f"{self.event_bytes:.1f} bytes an event. {within}, {raised}. {least}"
+
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures as plain numbers and text, a row of a sweep."""
-        alerts, shares = self.quality.fidelity, self.shares
+        """Return the figures as plain numbers and text, a row of a sweep; what is not known is None."""
+        alerts, shares, error = self.quality.fidelity, self.shares, self.quality.error_pct
         return {
             "used_bytes": self.used_bytes,
             **{f"{name}_bytes": round(size) for name, size in shares["bytes"].items()},
             "event_bytes": self.event_bytes,
             "history_h": self.history_h,
-            "threshold_error_pct": self.quality.error_pct,
-            "precision": np.nan if alerts.precision is None else alerts.precision,
-            "recall": np.nan if alerts.recall is None else alerts.recall,
+            "threshold_error_pct": None if np.isnan(error) else error,
+            "precision": alerts.precision,
+            "recall": alerts.recall,
             "headroom_pct": self.headroom_pct,
             "binds": self.binds,
             "fits": self.fits,
         }
-
-
-def _through(rows: Ints, born: Any, gone: Any, size: Any) -> Floats:
-    """Return what exists at the end of the minute that begins at each of `rows`."""
-    ends = rows + clock.MINUTE_MS
-    steps = np.zeros(len(rows) + 1)
-    np.add.at(steps, np.searchsorted(ends, born, side="right"), size)
-    np.add.at(steps, np.searchsorted(ends, gone, side="right"), -np.asarray(size, np.float64))
-    return np.cumsum(steps)[:-1]
 
 
 def evaluate(

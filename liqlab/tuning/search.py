@@ -16,11 +16,10 @@ import pandas as pd
 
 from liqlab import clock
 from liqlab.feeds import Feed
-from liqlab.settings import Settings, changed, load
+from liqlab.replay import Progress
+from liqlab.settings import Monitor, Settings, changed, load
 from liqlab.sizing import Calibration, Prepared, prepare
 from liqlab.tuning.outcome import evaluate
-
-Progress = Callable[[int, int], None]
 
 # What is worth trying; other codecs and hashes of candles only ever take more. What the streams depend on comes first:
 # combinations that share it are tried together.
@@ -86,25 +85,28 @@ def sweep(
     SettingsError
         A name or a value of `space` is none.
     """
-    prepared, base = prepare(events), settings or load()
+    # Passwords have no business with workers, nor in what results are known by.
+    prepared, base = prepare(events), (settings or load()).model_copy(update={"redis_url": None, "monitor": Monitor()})
     combinations = list(_combinations(space or SPACE, count, seed))
     for name, values in (space or SPACE).items():
         for value in values:
             changed(base, {name: value})  # what is wrong is said before anything is tried
     parts = [combinations[at : at + _TOGETHER] for at in range(0, len(combinations), _TOGETHER)]
-    names = [_name(prepared, base, calibration, part) for part in parts]
     found: dict[int, pd.DataFrame] = {}
-    place = Path(folder) if folder else None
-    if place:
-        place.mkdir(parents=True, exist_ok=True)
-        found = {at: pd.read_parquet(place / name) for at, name in enumerate(names) if (place / name).exists()}
+    files: list[Path] = []
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        whole = _digest(prepared, base, calibration)
+        hashes = [hashlib.sha256(f"{whole}{json.dumps(part)}".encode()).hexdigest()[:16] for part in parts]
+        files = [Path(folder) / f"sweep-{name}.parquet" for name in hashes]
+        found = {at: pd.read_parquet(path) for at, path in enumerate(files) if path.exists()}
 
     def keep(at: int, table: pd.DataFrame) -> None:
         found[at] = table
-        if place:
-            temporary = place / f".{names[at]}.{clock.token()}"
+        if files:
+            temporary = files[at].with_name(f".{files[at].name}.{clock.token()}")
             table.to_parquet(temporary)
-            temporary.replace(place / names[at])  # whole or not at all
+            temporary.replace(files[at])  # whole or not at all
         if progress:
             progress(sum(map(len, found.values())), len(combinations))
 
@@ -128,27 +130,23 @@ def _combinations(space: Mapping[str, Sequence[Any]], count: int | None, seed: i
     return (dict(zip(space, values, strict=True)) for values in every)
 
 
-def _name(prepared: Prepared, base: Settings, calibration: Calibration | None, part: list[dict[str, Any]]) -> str:
+def _digest(prepared: Prepared, base: Settings, calibration: Calibration | None) -> str:
+    """Return what results of one feed, calibration and settings around are known by."""
     columns = prepared.columns
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr((columns.symbols, calibration, base)).encode())
     for values in (columns.ts_ms, columns.symbol, columns.side, columns.notional, columns.size):
         digest.update(np.ascontiguousarray(values).data)
-    secret: Any = {"redis_url": True, "monitor": {"webhook"}}
-    digest.update(json.dumps([columns.symbols, base.model_dump(mode="json", exclude=secret), part]).encode())
-    digest.update(repr(calibration).encode())
-    return f"sweep-{digest.hexdigest()[:16]}.parquet"
+    return digest.hexdigest()
 
 
 def _tried(
     prepared: Prepared, base: Settings, calibration: Calibration | None, part: list[dict[str, Any]]
 ) -> pd.DataFrame:
     window_s = base.retention.percentile_window_s
-    return pd.DataFrame(
-        [
-            values | evaluate(prepared, changed(base, values), calibration, window_s=window_s).as_dict()
-            for values in part
-        ]
-    )
+    rows = [
+        values | evaluate(prepared, changed(base, values), calibration, window_s=window_s).as_dict() for values in part
+    ]
+    return pd.DataFrame(rows).astype(dict.fromkeys(("threshold_error_pct", "precision", "recall"), float))
 
 
 def _on_dask(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,14 +14,12 @@ from liqlab.cleanup import Cleaner
 from liqlab.detector import Detector
 from liqlab.feeds import Feed
 from liqlab.fidelity import Fidelity, compare
-from liqlab.replay import Ingested, ingest
+from liqlab.replay import Ingested, Progress, ingest
 from liqlab.settings import Settings, changed
 from liqlab.sizing import Calibration, Prepared, prepare
 from liqlab.tuning.outcome import evaluate
 
 _CHECK_S: Final = 1_800
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Verified:
             "fits": self.fits,
             "evicted": self.ingested.evicted,
             "peak_bytes": self.peak_bytes,
-            "figures": self.table.reset_index().to_dict("records"),
+            "figures": budget.records(self.table.reset_index()),
         }
 
 

@@ -18,8 +18,8 @@ import plotly.io as pio
 from liqlab import config, server
 from liqlab.budget import human
 from liqlab.feeds import Feed
-from liqlab.plots.tuning import detail, headline, panel_data, tuning_panel
-from liqlab.settings import Settings, SettingsError, changed, load
+from liqlab.plots.tuning import panel_data, tuning_panel
+from liqlab.settings import Settings, SettingsError, changed, load, setting
 from liqlab.sizing import Calibration, Prepared, prepare
 from liqlab.tuning import Outcome, Verified, evaluate, verify
 
@@ -76,6 +76,8 @@ class TuningPanel(w.VBox):  # type: ignore[misc]
         What they are compared with.
     verified : liqlab.tuning.Verified or None
         The last replay on a real server.
+    task : asyncio.Task or None
+        The replay that runs, or that ran last.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class TuningPanel(w.VBox):  # type: ignore[misc]
         self.pinned: Outcome | None = None
         self.verified: Verified | None = None
         self._events, self._base, self._calibration, self._export_to = events, settings, calibration, export_to
-        self._task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None] | None = None
         self.outcome = self._evaluated(settings)
         self.knobs = {name: self._knob(name, *found) for name, found in KNOBS.items()}
         self.say = w.HTML()
@@ -120,7 +122,7 @@ class TuningPanel(w.VBox):  # type: ignore[misc]
         return evaluate(self._events, settings, self._calibration, window_s=window_s)
 
     def _knob(self, name: str, label: str, values: Mapping[str, Any]) -> Any:
-        now = _value(self.settings, name)
+        now = setting(self.settings, name)
         if now not in values.values():
             values = dict(sorted({**values, f"{now:,}" if isinstance(now, int | float) else str(now): now}.items(),
                                  key=lambda item: item[1]))  # fmt: skip
@@ -155,8 +157,8 @@ class TuningPanel(w.VBox):  # type: ignore[misc]
         found = self.outcome
         color = "#24292F" if found.fits else "#B3261E"
         self.say.value = (
-            f'<div style="font-size:20px;font-weight:600;color:{color};line-height:1.3">{html.escape(headline(found))}'
-            f'</div><div style="color:#57606A;line-height:1.4">{html.escape(detail(found))}</div>'
+            f'<div style="font-size:20px;font-weight:600;color:{color};line-height:1.3">{html.escape(found.headline)}'
+            f'</div><div style="color:#57606A;line-height:1.4">{html.escape(found.detail)}</div>'
         )
         with self.figure.batch_update():
             for trace, new in zip(self.figure.data, panel_data(found, self.pinned), strict=True):
@@ -169,7 +171,7 @@ class TuningPanel(w.VBox):  # type: ignore[misc]
 
     def _reset(self) -> None:
         for name, knob in self.knobs.items():
-            knob.value = _value(self._base, name)
+            knob.value = setting(self._base, name)
 
     def _export(self) -> None:
         try:
@@ -180,11 +182,11 @@ class TuningPanel(w.VBox):  # type: ignore[misc]
         self._tell(f"Written to {self._export_to}: {', '.join(path.name for path in written)}")
 
     def _start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._verify())
+        self.task = asyncio.get_running_loop().create_task(self._verify())
 
     def _cancel(self) -> None:
-        if self._task:
-            self._task.cancel()
+        if self.task:
+            self.task.cancel()
 
     async def _verify(self) -> None:
         """Play the feed through a private server under the settings as they are now."""
@@ -222,11 +224,6 @@ class TuningPanel(w.VBox):  # type: ignore[misc]
             **(found or {}),
             _PLOTLY: pio.renderers["plotly_mimetype"].to_mimebundle(figure.to_plotly_json())[_PLOTLY],
         }
-
-
-def _value(settings: Settings, name: str) -> Any:
-    section, _, field = name.rpartition(".")
-    return getattr(getattr(settings, section), field)
 
 
 def _table(table: pd.DataFrame) -> str:
