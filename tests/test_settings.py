@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from liqlab.settings import FILE, Budget, Settings, SettingsError, load, parse_bytes
+from liqlab.settings import FILE, Budget, Settings, SettingsError, changed, load, parse_bytes, setting
 
 DOCS = Path(__file__).parent.parent / "docs" / "settings.md"
 SECRET = "hunter2"
@@ -279,14 +279,14 @@ def test_the_documented_examples_hold(nowhere):
 
 
 def test_some_settings_are_changed_and_the_rest_stay() -> None:
-    base = settings.load(retention={"hot_s": 60})
-    other = settings.changed(base, {"writer.layout": "hybrid", "retention.vwap_s": 5, "shards": 3})
+    base = load(retention={"hot_s": 60})
+    other = changed(base, {"writer.layout": "hybrid", "retention.vwap_s": 5, "shards": 3})
     assert (other.writer.layout, other.retention.vwap_s, other.retention.hot_s, other.shards) == ("hybrid", 5, 60, 3)
     assert base.writer.layout == "shared"
-    assert settings.setting(other, "writer.layout") == "hybrid"
-    assert settings.setting(other, "shards") == 3
+    assert setting(other, "writer.layout") == "hybrid"
+    assert setting(other, "shards") == 3
     # Of one section together: what must hold of them all is asked of the result.
-    shares = settings.changed(base, {"budget.streams": 0.5, "budget.vwap": 0.0}).budget
+    shares = changed(base, {"budget.streams": 0.5, "budget.vwap": 0.0}).budget
     assert sum(shares.model_dump().values()) == pytest.approx(1)
 
 
@@ -301,5 +301,5 @@ def test_some_settings_are_changed_and_the_rest_stay() -> None:
     ],
 )
 def test_a_change_that_is_not_acceptable_is_named(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(settings.SettingsError, match=message):
-        settings.changed(settings.load(), changes)
+    with pytest.raises(SettingsError, match=message):
+        changed(load(), changes)
