@@ -17,6 +17,7 @@ from liqlab.tuning import Outcome
 _PALE: Final = "#EEF1F4"
 _SHARES: Final = {**SHARE_COLORS, "buffer": "#9AA0A6"}
 _STACKED: Final = ("buffer", "misc", "vwap", "percentile", "statistics", "streams")  # what changes least at the bottom
+_ROOM: Final = 0.5  # of the axis
 _POINTS: Final = 180  # through time: as many as a phone shows
 _TITLES: Final = (
     "<b>Shares of the budget, % used</b>",
@@ -46,8 +47,8 @@ def tuning_panel(outcome: Outcome, pinned: Outcome | None = None) -> go.Figure:
     figure.add_bar(**next(data), marker_color=_PALE, hoverinfo="skip", **bar)
     colors = [_SHARES[name] for name in outcome.shares.index]
     hover = "%{y}: %{x:.2f} % of its budget<br>%{customdata}<extra></extra>"
-    inside: Any = {"textposition": "outside", "textfont_size": 11, "cliponaxis": False, "hovertemplate": hover}
-    figure.add_bar(**next(data), marker_color=colors, **inside, **bar)
+    sized: Any = {"textfont_size": 11, "constraintext": "none", "cliponaxis": False, "hovertemplate": hover}
+    figure.add_bar(**next(data), marker_color=colors, **sized, **bar)
     mark = {"symbol": "line-ns", "size": 16, "line": {"width": 3, "color": INK}}
     figure.add_scatter(
         **next(data), mode="markers", marker=mark, hovertemplate="pinned: %{x:.2f} %<extra></extra>", row=1, col=1
@@ -96,7 +97,7 @@ def panel_data(outcome: Outcome, pinned: Outcome | None = None) -> list[dict[str
     ]
     found: list[dict[str, Any]] = [
         {"y": names, "x": np.full(len(names), 100.0)},
-        {"y": names, "x": used, "text": sizes, "customdata": sizes},
+        {"y": names, "x": used, "text": sizes, "customdata": sizes, "textposition": _places(used)},
         {"y": names, "x": 100 - pinned.shares["headroom_pct"].to_numpy()} if pinned else {"y": [], "x": []},
     ]
     when, parts = _memory(outcome)
@@ -114,6 +115,11 @@ def panel_data(outcome: Outcome, pinned: Outcome | None = None) -> list[dict[str
     else:
         found.append({"x": [], "y": []})
     return found + _alerts(outcome)
+
+
+def _places(used: Any) -> list[str]:
+    """Return where the sizes stand: within bars that leave no room beside them, on a phone."""
+    return ["inside" if one > _ROOM * max(100, *used) else "outside" for one in used]
 
 
 def _memory(outcome: Outcome) -> tuple[Any, dict[str, Any]]:
