@@ -9,10 +9,14 @@ it last; so it sees each event once, whatever is sealed meanwhile.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Final
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Final
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from redis.asyncio import Redis
 from redis.utils import str_if_bytes
@@ -29,8 +33,11 @@ LEAST: Final = 100  # of one stream
 _BLOCKS: Final = 16  # a page of them
 _STREAMS: Final = 100  # read in one round trip
 _LATE: Final = b"t"
+_FIRST, _LAST = itemgetter(0), itemgetter(-2)  # fields of an entry
 
-Entry = tuple[bytes, Sequence[bytes]]  # ID; field, value, ...
+# ID; field, value, ... As the server sends it: a command that is given as bytes is one that redis-py leaves as it is,
+# where XRANGE would become a dict an entry.
+Entry = tuple[bytes, Sequence[bytes]]
 Read = tuple[str, str | None, list[Entry]]  # of a stream, and whose it is where it is one symbol's
 
 
@@ -164,9 +171,8 @@ async def _backwards(
         count = max(ROUND // len(ends), LEAST)
         pipe = redis.pipeline(transaction=False)
         for key, end in ends.items():
-            pipe.execute_command("XREVRANGE", key, end, starts.get(key, start), "COUNT", count)
-        for key, page in zip(list(ends), await pipe.execute(), strict=True):
-            entries = [as_entry(item) for item in page]
+            pipe.execute_command(b"XREVRANGE", key, end, starts.get(key, start), "COUNT", count)
+        for key, entries in zip(list(ends), await pipe.execute(), strict=True):
             found[key] += entries
             if len(entries) < count:
                 del ends[key]
@@ -199,7 +205,9 @@ async def _blocks(redis: Redis, shard: int | None, start_ms: int, sealed: int) -
     """Yield the entries of the block stream that may hold events from `start_ms` on, up to the time `sealed`."""
     key, start = schema.BY_NAME["blocks"].key(shard=shard), str(start_ms)
     while True:
-        page = [as_entry(item) for item in await redis.xrange(key, start, f"{sealed}-0", count=_BLOCKS) or []]
+        pipe = redis.pipeline(transaction=False)
+        pipe.execute_command(b"XRANGE", key, start, f"{sealed}-0", "COUNT", _BLOCKS)
+        page: list[Entry] = (await pipe.execute())[0]
         for entry in page:
             yield entry
         if len(page) < _BLOCKS:
@@ -207,37 +215,53 @@ async def _blocks(redis: Redis, shard: int | None, start_ms: int, sealed: int) -
         start = "(" + page[-1][0].decode()
 
 
-def as_entry(item: Any) -> Entry:
-    """Take an entry of a reply, in whatever shape redis-py gives it."""
-    fields = item[1]
-    return item[0], [word for pair in fields.items() for word in pair] if isinstance(fields, dict) else fields
-
-
 def _span(entry: Entry) -> tuple[int, int, int]:
     return block_span(entry[1][1])
 
 
 def decoded(
-    entries: list[Entry], names: Names, key: str, own: str | None = None
+    entries: Sequence[Entry], names: Names, key: str, own: str | None = None
 ) -> list[tuple[Columns, NDArray[np.int64]]]:
     """Decode entries of one stream, whatever codecs they are of; also return the times in their IDs."""
-    groups: dict[bytes, tuple[list[int], list[int], list[list[bytes]]]] = {}
-    for number, words in entries:
-        ms = id_ms = int(number.partition(b"-")[0])
-        if len(words) > 2 and words[-2] == _LATE:
-            ms, words = int(words[-1]), words[:-2]
-        ids, times, rows = groups.setdefault(words[0], ([], [], []))
-        ids.append(id_ms)
-        times.append(ms)
-        rows.append(list(words[1::2]))
-    parts = []
-    for name, (ids, times, rows) in groups.items():
-        codec = BY_FIELD.get(name.decode(errors="replace"))
+    return [one.decoded(names, key, own) for one in alike(entries)]
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Entries with the same fields, field by field."""
+
+    ids: list[bytes]
+    columns: list[tuple[bytes, ...]]  # field, value, field, value, ...
+
+    def decoded(self, names: Names, key: str, own: str | None) -> tuple[Columns, NDArray[np.int64]]:
+        """Return the events, and the times in the IDs."""
+        field, late, values = self.columns[0][0], self.columns[-2][0] == _LATE, self.columns[1::2]
+        codec = BY_FIELD.get(field.decode(errors="replace"))
         if codec is None:
-            raise CodecError(f"{key}: entries with the field {name!r} are of no codec that liqlab has")
+            raise CodecError(f"{key}: entries with the field {field!r} are of no codec that liqlab has")
+        id_ms = times_of(self.ids)
         try:
-            decoded = codec.decode(np.array(times, np.int64), rows, names, own=own)
-        except CodecError as error:
+            times = np.array(values.pop(), np.int64) if late else id_ms
+            return codec.decode_columns(times, values, names, own=own), id_ms
+        except ValueError as error:
             raise CodecError(f"{key}: {error}") from None
-        parts.append((decoded, np.array(ids, np.int64)))
-    return parts
+
+
+def alike(entries: Sequence[Entry]) -> list[Alike]:
+    """Return entries by their first field, their length, and whether they are late; nearly always all are alike."""
+    ids, words = [number for number, _ in entries], [words for _, words in entries]
+    kinds: dict[tuple[bytes, int, bool], list[int]] = {}
+    if len(set(map(len, words))) == 1 and len(set(map(_FIRST, words))) == 1 and _LATE not in set(map(_LAST, words)):
+        return [Alike(ids, list(zip(*words, strict=True)))]
+    for at, one in enumerate(words):
+        kinds.setdefault((one[0], len(one), one[-2] == _LATE), []).append(at)
+    return [
+        Alike([ids[at] for at in rows], list(zip(*(words[at] for at in rows), strict=True))) for rows in kinds.values()
+    ]
+
+
+def times_of(ids: Sequence[bytes]) -> NDArray[np.int64]:
+    """Return the times in IDs of entries, ms since the epoch, shape (n,)."""
+    texts = pa.array(ids, pa.binary()).cast(pa.string())
+    found: NDArray[np.int64] = pc.list_element(pc.split_pattern(texts, "-"), 0).cast(pa.int64()).to_numpy()
+    return found

@@ -290,9 +290,9 @@ async def signals(redis: Redis, *, settings: Settings | None = None) -> pd.DataF
         for at in range(0, len(symbols), _PAGE):
             pipe = redis.pipeline(transaction=False)
             for symbol in symbols[at : at + _PAGE]:
-                pipe.execute_command("XRANGE", schema.BY_NAME["signal"].key(symbol, shard=shard), "-", "+")
+                pipe.execute_command(b"XRANGE", schema.BY_NAME["signal"].key(symbol, shard=shard), "-", "+")
             for symbol, entries in zip(symbols[at : at + _PAGE], await pipe.execute(), strict=True):
-                for _, words in map(archive.as_entry, entries):
+                for _, words in entries:
                     texts = {words[i].decode(): words[i + 1].decode() for i in range(0, len(words), 2)}
                     numbers = {name: float(texts[name]) for name in _NUMBERS}
                     found.append(Alert(int(texts["ts_ms"]), symbol, texts["side"], texts["exchange"], **numbers))

@@ -10,6 +10,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import pandas as pd
@@ -19,6 +20,15 @@ from liqlab.settings import Settings
 
 SHARES: Final = ("streams", "vwap", "percentile", "statistics", "misc", "buffer")
 _SYMBOL: Final = ".+"
+
+
+@lru_cache(maxsize=1 << 14)  # of a batch most are those of the last one
+def _key(pattern: str, symbol: str | None, side: str, bucket: int | None, shard: int | None) -> str:
+    parts = {"SYMBOL": symbol, "*": symbol, "SIDE": side, "BUCKET": bucket}
+    words = [str(parts.get(word, word)) for word in pattern.split(":") if parts.get(word, word) is not None]
+    if shard is not None:
+        words.insert(1, f"{{{shard}}}")
+    return ":".join(words)
 
 
 @dataclass(frozen=True)
@@ -80,11 +90,7 @@ class Family:
         shard : int, optional
             The symbol's shard, on a cluster.
         """
-        parts = {"SYMBOL": symbol, "*": symbol, "SIDE": side, "BUCKET": bucket}
-        words = [str(parts.get(word, word)) for word in self.pattern.split(":") if parts.get(word, word) is not None]
-        if shard is not None:
-            words.insert(1, f"{{{shard}}}")
-        return ":".join(words)
+        return _key(self.pattern, symbol, side, bucket, shard)
 
     def head(self, symbol: str, *, shard: int | None = None) -> str:
         """Return what all keys of a symbol begin with, up to BUCKET: a head and a number make a key, quickly."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import asyncio
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Final
@@ -12,18 +15,22 @@ from numpy.typing import NDArray
 from redis.asyncio import Redis
 
 from liqlab import schema
-from liqlab.archive import LEAST, ROUND, Entry, as_entry, decoded, names_of, streams_of
-from liqlab.codecs import CODECS, Names
+from liqlab.archive import LEAST, ROUND, Alike, alike, names_of, streams_of, times_of
+from liqlab.codecs import CODECS, Names, block_span
+from liqlab.codecs.blocks import MAX_EVENTS
 from liqlab.codecs.names import HEAD
 from liqlab.events import Columns
 from liqlab.settings import Settings, load
 
 _SCRIPT: Final = files("liqlab").joinpath("seal.lua").read_text()
-_ENTRY: Final = 64  # bytes that a stream needs around a block, at most
+ENTRY: Final = 72  # bytes that a stream needs around a block, and a length may be off, at most
+MOST_EACH: Final = 32  # bytes of an event in a block: fewer events than that cannot fill one
 _TRIES: Final = 5
 _FITS: Final = 6
-_TYPICAL: Final = 5  # bytes of an event in a block
-_MOST_EACH: Final = 32  # bytes of an event in a block: fewer events than that cannot fill one
+_FAR: Final = 0.8  # of the room: what would take less by the block before needs no look
+_FULL, _AIM = 0.97, 0.985  # of the room: what a search is content with, and what it aims at
+_TURNS: Final = 5  # of the event loop, in which another task takes a reply and sends what comes next
+_TYPICAL: Final = 5.0  # bytes of an event in a block
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,85 @@ class Sealed:
     payload: int = 0
 
 
-async def seal(redis: Redis, *, now_ms: int, settings: Settings | None = None, partial: bool = False) -> Sealed:
+@dataclass(frozen=True)
+class _Front:
+    """What lies before a time in the hot streams of a shard, as it was read."""
+
+    names: Names
+    sealed: int  # the time up to which events were sealed, ms
+    each: list[float]  # bytes of an event in the last block, if there is one
+    streams: list[tuple[str, str | None]]  # key, and whose it is where it is one symbol's
+    pages: list[list[Alike]]  # of each stream
+    ids: list[list[bytes]]
+    times: list[NDArray[np.int64]]  # in the IDs
+    end_ms: int  # before which all was read
+    whole: bool  # whether that is all there is to seal
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block, and what must be true of a shard when it takes the place of hot events."""
+
+    payload: bytes
+    events: int
+    cut_ms: int  # up to which it holds them
+    known: int  # elements of the table of names
+    added: list[str]  # names
+    ends: list[bytes]  # IDs, the first and the last of each stream
+
+
+class Ahead:
+    """Blocks for a time to come, made while the server is busy with other things: see `ahead`."""
+
+    def __init__(self, limit_ms: int, fronts: dict[int | None, _Front | None], settings: Settings) -> None:
+        self.limit_ms = limit_ms
+        self._fronts, self._settings = fronts, settings
+        self._work = asyncio.create_task(self._made())
+
+    async def _made(self) -> dict[int | None, tuple[_Front, list[_Block]]]:
+        await _let_work()
+        fronts = {shard: front for shard, front in self._fronts.items() if front}
+        made: dict[int | None, tuple[_Front, list[_Block]]] = {}
+        for shard, front in fronts.items():
+            made[shard] = front, []
+            for block in _blocks(front, self._settings, False):
+                made[shard][1].extend([block] if block else [])
+                await _let_work()
+        return made
+
+    async def take(self, shard: int | None) -> tuple[_Front, list[_Block]] | None:
+        """Return a shard's, once; None where there was nothing to read, or they were taken."""
+        return (await self._work).pop(shard, None)
+
+
+async def _let_work() -> None:
+    for _ in range(_TURNS):
+        await asyncio.sleep(0)
+
+
+async def ahead(redis: Redis, *, now_ms: int, settings: Settings | None = None) -> Ahead:
+    """Read what `seal` will seal at a time to come, and make the blocks of it at the next moment of waiting.
+
+    Parameters
+    ----------
+    now_ms : int
+        The time that `seal` will be given. All events that are older than it less `retention.hot_s` must be stored.
+    """
+    settings = settings or load()
+    limit_ms = now_ms - settings.retention.hot_s * 1000
+    shards = schema.shards_of(settings)
+    fronts = {shard: await _read(redis, shard, limit_ms, settings.writer.block_bytes // 2) for shard in shards}
+    return Ahead(limit_ms, fronts, settings)
+
+
+async def seal(
+    redis: Redis,
+    *,
+    now_ms: int,
+    settings: Settings | None = None,
+    partial: bool = False,
+    made: Ahead | None = None,
+) -> Sealed:
     """Move events that are older than the hot window into blocks, each block in one atomic step.
 
     Parameters
@@ -49,6 +134,8 @@ async def seal(redis: Redis, *, now_ms: int, settings: Settings | None = None, p
         when absent.
     partial : bool
         Whether what does not fill a block is sealed too. Else it stays hot until it does.
+    made : Ahead, optional
+        Blocks that were made for this time; where they do not hold any more they are made anew.
 
     Returns
     -------
@@ -65,125 +152,190 @@ async def seal(redis: Redis, *, now_ms: int, settings: Settings | None = None, p
     limit_ms, total = now_ms - settings.retention.hot_s * 1000, Sealed()
     for shard in schema.shards_of(settings):
         tries = 0
+        ready = await made.take(shard) if made and made.limit_ms == limit_ms and not partial else None
         while tries < _TRIES:
             enough = settings.writer.block_bytes // 2 << tries  # entries: more of them than the last block had room for
-            done, more = await _seal_shard(redis, shard, limit_ms, settings, partial, enough)
+            front = ready[0] if ready else await _read(redis, shard, limit_ms, enough)
+            if front is None:
+                break
+            blocks = ready[1] if ready else _blocks(front, settings, partial)
+            done, more = await _move(redis, shard, front, blocks, settings)
             total = Sealed(total.events + done.events, total.blocks + done.blocks, total.payload + done.payload)
             if not more:
                 break
-            tries = 0 if done.blocks else tries + 1
+            tries = 0 if done.blocks or ready else tries + 1
+            ready = None
     return total
 
 
-async def _front(
-    redis: Redis, keys: list[str], limit_ms: int, enough: int
-) -> tuple[list[list[Entry]], list[list[int]], int]:
-    """Read streams from their fronts until there are enough entries before the time up to which all have been read.
-
-    Returns
-    -------
-    entries, times, end_ms : list of list of Entry, list of list of int, int
-        Of each stream; `end_ms` is `limit_ms` where everything before it was read.
-    """
-    found: dict[str, list[Entry]] = {key: [] for key in keys}
-    times: dict[str, list[int]] = {key: [] for key in keys}
-    starts = dict.fromkeys(keys, "-")  # of the streams that have more
+async def _read(redis: Redis, shard: int | None, limit_ms: int, enough: int) -> _Front | None:
+    """Read streams from their fronts until there are enough entries before the time up to which all have been read."""
+    epoch, sealed, names = await names_of(redis, shard)
+    if not epoch or limit_ms <= sealed:
+        return None
+    streams = await streams_of(redis, shard, names, None)
+    each = await _last_each(redis, shard)
+    pages: dict[str, list[Alike]] = {key: [] for key, _ in streams}
+    ids: dict[str, list[bytes]] = {key: [] for key in pages}
+    times: dict[str, NDArray[np.int64]] = {key: times_of([]) for key in pages}
+    starts = dict.fromkeys(pages, "-")  # of the streams that have more
     while True:
         count = max(ROUND // len(starts), LEAST)
         pipe = redis.pipeline(transaction=False)
         for key, start in starts.items():
-            pipe.execute_command("XRANGE", key, start, f"({limit_ms}-0", "COUNT", count)
-        for key, page in zip(list(starts), await pipe.execute(), strict=True):
-            entries = [as_entry(item) for item in page]
-            found[key] += entries
-            times[key] += [int(number.partition(b"-")[0]) for number, _ in entries]
-            if len(entries) < count:
-                del starts[key]
-            else:
-                starts[key] = "(" + entries[-1][0].decode()
-        end_ms = min([limit_ms, *(times[key][-1] for key in starts)])
-        if not starts or sum(bisect_left(ms, end_ms) for ms in times.values()) >= enough:
-            return list(found.values()), list(times.values()), end_ms
+            pipe.execute_command(b"XRANGE", key, start, f"({limit_ms}-0", "COUNT", count)
+        with _uncollected():
+            for key, entries in zip(list(starts), await pipe.execute(), strict=True):
+                found = [number for number, _ in entries]
+                ids[key] += found
+                pages[key] += alike(entries)
+                times[key] = np.concatenate([times[key], times_of(found)])
+                if len(found) < count:
+                    del starts[key]
+                else:
+                    starts[key] = "(" + found[-1].decode()
+        end_ms = min([limit_ms, *(int(times[key][-1]) for key in starts)])
+        if not starts or sum(int(ms.searchsorted(end_ms)) for ms in times.values()) >= enough:
+            break
+    columns = list(pages.values()), list(ids.values()), list(times.values())
+    return _Front(names, sealed, each, streams, *columns, end_ms, end_ms == limit_ms)
 
 
-async def _seal_shard(
-    redis: Redis, shard: int | None, limit_ms: int, settings: Settings, partial: bool, enough: int
-) -> tuple[Sealed, bool]:
-    """Seal what is older than `limit_ms`, as far as one reading of the streams goes; return whether to read again."""
-    epoch, sealed, names = await names_of(redis, shard)
-    if not epoch or limit_ms <= sealed:
-        return Sealed(), False
-    streams = await streams_of(redis, shard, names, None)
-    found, times, end_ms = await _front(redis, [key for key, _ in streams], limit_ms, enough)
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the collector of cycles away while thousands of lists come and go.
+
+    It looks at all that the process has, for 50 ms where numpy and pandas are there, once in some reads.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+async def _last_each(redis: Redis, shard: int | None) -> list[float]:
+    """Return the bytes of an event in a shard's last block, if there is one that says so."""
+    pipe = redis.pipeline(transaction=False)
+    pipe.execute_command(b"XREVRANGE", schema.BY_NAME["blocks"].key(shard=shard), "+", "-", "COUNT", 1)
+    return [len(words[1]) / block_span(words[1])[0] for _, words in (await pipe.execute())[0] if words[0] == b"b"]
+
+
+def _blocks(front: _Front, settings: Settings, partial: bool) -> Iterator[_Block | None]:
+    """Yield the blocks that the events of a front make, and None where others may be let to work in between."""
+    names, sealed, each = front.names, front.sealed, front.each
+    codec, room = CODECS[settings.writer.block_codec], settings.writer.block_bytes - ENTRY
     parts = [
-        part for (key, own), entries in zip(streams, found, strict=True) for part in decoded(entries, names, key, own)
+        one.decoded(names, key, own)
+        for (key, own), pages in zip(front.streams, front.pages, strict=True)
+        for one in pages
     ]
     if not parts:
-        return Sealed(), False
+        return
     events, id_ms = Columns.concat([part for part, _ in parts]), np.concatenate([ms for _, ms in parts])
-    order = np.argsort(id_ms, kind="stable")[: int(np.searchsorted(np.sort(id_ms), end_ms))]
-    events, id_ms = events.rows(order), id_ms[order]
+    order = np.argsort(id_ms, kind="stable")[: int(np.searchsorted(np.sort(id_ms), front.end_ms))]
+    events, id_ms, start = events.rows(order), id_ms[order], 0
+    yield None
 
-    script = redis.register_script(_SCRIPT)
-    keys = [schema.BY_NAME[name].key(shard=shard) for name in ("names", "blocks")] + [key for key, _ in streams]
-    field, ttl_s = CODECS[settings.writer.block_codec].fields[0], settings.retention.events_s
-    done, start = Sealed(), 0
+    def rows(count: int) -> Columns:
+        """Return the first events that are left, in the order of their times."""
+        part = events.rows(slice(start, start + count))
+        return part.rows(np.argsort(part.ts_ms, kind="stable"))
+
     while start < len(id_ms):
-        if not partial and len(id_ms) - start < settings.writer.block_bytes // _MOST_EACH:
+        if not partial and len(id_ms) - start < settings.writer.block_bytes // MOST_EACH:
             break
-        rest = slice(start, None)
-        count, block, full = _fitting(events.rows(rest), id_ms[rest], names, settings)
-        if not full and (end_ms < limit_ms or not partial):
+        count, full = fitting(id_ms[start:], room, lambda count: codec.length(rows(count), names), *each)
+        if not full and not (front.whole and partial):
             break
-        start += count
-        cut_ms = end_ms if start == len(id_ms) else int(id_ms[start])
+        yield None
+        ((block,),) = codec.encode(rows(count), names)
+        assert isinstance(block, bytes)
+        start, each = start + count, [len(block) / count]
+        cut_ms = front.end_ms if start == len(id_ms) else int(id_ms[start])
         ends: list[bytes] = []
-        for entries, ms in zip(found, times, strict=True):
-            first, last = bisect_left(ms, sealed), bisect_left(ms, cut_ms)
-            ends += [entries[first][0], entries[last - 1][0]] if first < last else [b"", b""]
+        for ids, ms in zip(front.ids, front.times, strict=True):
+            first, last = ms.searchsorted([sealed, cut_ms]).tolist()
+            ends += [ids[first], ids[last - 1]] if first < last else [b"", b""]
         # An earlier version's writer did not number what its codec spells out; the block does.
-        _, known, _, added = names.take()
+        _, stored, _, added = names.take()
+        yield _Block(block, count, cut_ms, stored, added, ends)
+        sealed = cut_ms
+
+
+async def _move(
+    redis: Redis, shard: int | None, front: _Front, blocks: Iterable[_Block | None], settings: Settings
+) -> tuple[Sealed, bool]:
+    """Store blocks in place of their events; return whether to read again."""
+    script = redis.register_script(_SCRIPT)
+    keys = [schema.BY_NAME[name].key(shard=shard) for name in ("names", "blocks")]
+    keys += [key for key, _ in front.streams]
+    field, ttl_s = CODECS[settings.writer.block_codec].fields[0], settings.retention.events_s
+    done, sealed = Sealed(), front.sealed
+    for one in filter(None, blocks):
         moved = await script(
             keys=keys,
-            args=[epoch, sealed, known + HEAD, cut_ms, field, block, ttl_s, len(added), *ends, *added],
+            args=[
+                *(front.names.epoch, sealed, one.known + HEAD, one.cut_ms, field, one.payload, ttl_s, len(one.added)),
+                *one.ends,
+                *one.added,
+            ],
         )
         if moved < 0:  # a writer or another sealer came in between
             return done, True
-        sealed, done = cut_ms, Sealed(done.events + int(moved), done.blocks + 1, done.payload + len(block))
-    return done, end_ms < limit_ms
+        sealed = one.cut_ms
+        done = Sealed(done.events + int(moved), done.blocks + 1, done.payload + len(one.payload))
+    return done, not front.whole
 
 
-def _fitting(events: Columns, id_ms: NDArray[np.int64], names: Names, settings: Settings) -> tuple[int, bytes, bool]:
+def fitting(
+    id_ms: NDArray[np.int64], room: int, length: Callable[[int], int], each: float | None = None
+) -> tuple[int, bool]:
     """Find how many of the first events fill a block, those of one moment kept together.
 
     A block lies in an allocation of its own, whose sizes are steps of up to a quarter: one that is a little too large
     wastes the rest of its step. So blocks are made to fit just below `writer.block_bytes`.
 
+    Parameters
+    ----------
+    id_ms : array of int64, shape (n,)
+        The times of the events' IDs.
+    room : int
+        Bytes that a block may have.
+    length : callable
+        Says how many bytes a block of so many of the first events takes.
+    each : float, optional
+        Bytes of an event in the block before.
+
     Returns
     -------
-    count, block, full : int, bytes, bool
+    count, full : int, bool
         `full` says that the block is as large as can be, not just as large as there are events for it.
     """
-    codec, room, whole = CODECS[settings.writer.block_codec], settings.writer.block_bytes - _ENTRY, len(id_ms)
-    best = (0, b"")
-    count, least = room // _TYPICAL, whole + 1  # the fewest events known to be too many
+    whole, best, size = len(id_ms), 0, 0
+    if each and whole * each < _FAR * room:
+        return whole, False
+    count, least = (
+        min(max(int(_AIM * room / (each or _TYPICAL)), 1), MAX_EVENTS),
+        whole + 1,
+    )  # the fewest events known to be too many
     for _ in range(_FITS):
         count = _untied(id_ms, count)
-        if not best[0] < count < least:
+        if not best < count < least:
             break
-        part = events.rows(slice(None, count))
-        ((block,),) = codec.encode(part.rows(np.argsort(part.ts_ms, kind="stable")), names)
-        assert isinstance(block, bytes)
-        if len(block) <= room:
-            best = (count, block)
-            if count == whole or len(block) > 0.97 * room:
+        found = length(count)
+        if found <= room:
+            best, size = count, found
+            if count == whole or found > _FULL * room:
                 break
         else:
             least = count
             if count == _untied(id_ms, 1):  # one moment that is larger than a block
-                return count, block, True
-        count = min(max(int(count * room / len(block) * 0.99), best[0] + 1), least - 1)
-    return *best, best[0] < whole or len(best[1]) > 0.9 * room
+                return count, True
+        count = min(max(int(_AIM * count * room / found), best + 1), least - 1, MAX_EVENTS)
+    return best, best < whole or size > 0.9 * room
 
 
 def _untied(id_ms: NDArray[np.int64], count: int) -> int:

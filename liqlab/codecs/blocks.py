@@ -126,6 +126,15 @@ class Block(Codec):
         return True, None
 
     def _encode(self, events: Columns, fit: None, names: Names, own: bool) -> list[list[Value]]:
+        runs, data = self._packed(events, names, own).finish()
+        times = [int(time) >> shift & 0xFFFFFFFF for time in (events.ts_ms[0], events.ts_ms[-1]) for shift in (32, 0)]
+        return [[_HEAD.pack(_VERSION, len(events), *times, runs) + data]]
+
+    def length(self, events: Columns, names: Names) -> int:
+        """Return how many bytes a block of events takes, to a word."""
+        return _HEAD.size + self._packed(events, names, own=False).length
+
+    def _packed(self, events: Columns, names: Names, own: bool) -> Packer:
         check_count(self.name, len(events))
         steps = np.diff(events.ts_ms, prepend=events.ts_ms[:1])
         if int(steps.min()) < 0:
@@ -152,10 +161,7 @@ class Block(Codec):
         lots, places, good = _common(pair, len(pairs), size.mantissa, size.exponent, found)
         _pack_verbatim(pack, events.size, good)
         _pack_sizes(pack, pair[good], lots[good], places, inverse, ticks, worth)
-
-        runs, data = pack.finish()
-        times = [int(time) >> shift & 0xFFFFFFFF for time in (events.ts_ms[0], events.ts_ms[-1]) for shift in (32, 0)]
-        return [[_HEAD.pack(_VERSION, len(events), *times, runs) + data]]
+        return pack
 
     def _decode(self, ts_ms: Ints, columns: list[tuple[bytes, ...]], names: Names, own: str | None) -> Columns:
         symbols = names.symbols if own is None else [own]

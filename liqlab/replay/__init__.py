@@ -17,7 +17,6 @@ from typing import Any, Final, cast
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from redis.asyncio import Redis
 
 from liqlab import clock
@@ -28,14 +27,12 @@ from liqlab.detector import Alert, Detector
 from liqlab.detector import table as alert_table
 from liqlab.events import Columns, EventError, check, run_starts
 from liqlab.feeds import Feed
-from liqlab.replay.clockwork import Expiry, Rounds
-from liqlab.sealing import seal
+from liqlab.replay.clockwork import Expiry, Rounds, Seals
 from liqlab.settings import Journal, Settings, load
 from liqlab.writer import Writer
 
 _SAMPLES: Final = 240  # points of the timeline: as many as a picture shows
 _MOMENTS: Final = 100  # at which a feed that is played at speed is written
-_SEAL_MS: Final = 5 * clock.MINUTE_MS
 
 Progress = Callable[[int, int], None]
 
@@ -155,13 +152,25 @@ async def ingest(
     rounds = Rounds(cleaner, redis) if cleaner else None
     schedule = EventClock(cast(Cleaner, rounds)) if rounds else None
     sealing = (sealing or cleaner is not None) and settings.writer.strategy == "script"
-    timeline, alerts, sealed = list[dict[str, int]](), list[Alert](), 0
-    ahead, last_ms = [ms for ms in moments if visit], int(times[-1]) // expiry.step_ms * expiry.step_ms
+    timeline, alerts = list[dict[str, int]](), list[Alert]()
+    asked, last_ms = [ms for ms in moments if visit], int(times[-1]) // expiry.step_ms * expiry.step_ms
 
     edges = np.append(run_starts(times // expiry.step_ms), total)  # of steps
     samples = {*edges[: -1 : max(len(edges) // _SAMPLES, 1)].tolist(), total}
-    seals = _seals(times) if sealing else set()
-    cuts = np.unique([*samples, *seals, *times.searchsorted([*(expiry.cuts if expire else ()), *ahead]).tolist()])
+
+    def now_at(stop: int) -> int:
+        """Return the time of the step that row `stop` begins."""
+        step = int(times[stop]) // expiry.step_ms if stop < total else last_ms // expiry.step_ms + 1
+        return step * expiry.step_ms
+
+    seals = Seals(redis, settings, times, now_at, rounds) if sealing else None
+    cuts = np.unique(
+        [
+            *samples,
+            *(seals.rows if seals else ()),
+            *times.searchsorted([*(expiry.cuts if expire else ()), *asked]).tolist(),
+        ]
+    )
     rows, volume = await detector.candidates(columns) if detector else (np.empty(0, np.intp), np.empty(0))
     place = 0  # of the first candidate that was not judged
 
@@ -194,29 +203,30 @@ async def ingest(
 
     await look(0)
     async for start, stop in writer.write_slices(events, stops()):
-        step = int(times[stop]) // expiry.step_ms if stop < total else last_ms // expiry.step_ms + 1
-        now_ms = step * expiry.step_ms
+        now_ms = now_at(stop)
         if stop in samples:
             timeline.append(await _point(redis, int(times[stop - 1]), stop))
         if schedule:
             await schedule.run(now_ms)
-        if stop in seals:
-            sealed += (await seal(redis, now_ms=now_ms, settings=settings)).events
+        if seals:
+            await seals.run(stop)
         if expire:
             await expiry.run(redis, now_ms if stop < total else max(last_ms, until_ms or 0))
         if detector and not detector.method.written:
             await detector.method.add(columns.rows(slice(start, stop)))
-        while visit and ahead and (ahead[0] <= now_ms or stop == total):
-            await visit(ahead.pop(0))
+        while visit and asked and (asked[0] <= now_ms or stop == total):
+            await visit(asked.pop(0))
         if stop < total:
             await look(stop)
+        if seals:
+            await seals.make_next(stop)
         if progress:
             progress(stop, total)
     return Ingested(
         events=writer.counts.written,
         late=writer.counts.late,
         trimmed=writer.counts.trimmed,
-        sealed=sealed,
+        sealed=seals.events if seals else 0,
         held=await count(redis, settings=settings),
         expired=expiry.expired,
         evicted=await _evicted(redis) - evicted,
@@ -226,17 +236,6 @@ async def ingest(
         cleaned=rounds.events if rounds else 0,
         aged=expiry.events,
     )
-
-
-def _seals(times: NDArray[np.int64]) -> set[int]:
-    """Return the rows before which to seal: those that begin a minute, five minutes or more after the last; the end."""
-    minutes = times // clock.MINUTE_MS * clock.MINUTE_MS
-    found, next_ms = {len(times)}, 0
-    for row in run_starts(minutes)[1:].tolist():
-        if minutes[row] >= next_ms:
-            found.add(row)
-            next_ms = minutes[row] + _SEAL_MS
-    return found
 
 
 async def at_speed(events: pd.DataFrame, writer: Writer, seconds: float) -> None:

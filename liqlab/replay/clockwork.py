@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import numpy as np
@@ -16,12 +17,15 @@ from liqlab.candles import WIDTHS
 from liqlab.cleanup import Action, Cleaner, Tier
 from liqlab.detector import Alert
 from liqlab.events import Columns, run_starts
+from liqlab.sealing import Ahead, ahead, seal
 from liqlab.settings import Settings
 
 _UNLINK: Final = 500
 _GROWN: Final = 2_000  # bytes that an event adds at most, in the mean
 _CLOSE: Final = 0.8  # of a share
 _SHORT_MS: Final = 100
+_SEAL_MS: Final = 5 * clock.MINUTE_MS
+_NEARLY: Final = 0.85  # of the events of the last blocks: none differs by more from those before it
 _NEVER: Final = np.iinfo(np.int64).max // 2
 
 Ints = NDArray[np.int64]
@@ -38,6 +42,7 @@ class Rounds:
         self.settings = cleaner.settings
         self.events = 0  # removed
         self.room = 0  # events that may be written before the next look
+        self.sealed_ms = 0  # up to when all is sealed
         self._cleaner = cleaner
         self._redis = redis
 
@@ -55,6 +60,7 @@ class Rounds:
 
     async def compact(self, now_ms: int) -> list[Action]:
         """Run `Cleaner.compact`."""
+        self.sealed_ms = now_ms - 1000 * self.settings.retention.hot_s
         return self._counted(await self._cleaner.compact(now_ms))
 
     async def daily(self, now_ms: int) -> list[Action]:
@@ -71,6 +77,56 @@ class Rounds:
     def _counted(self, done: list[Action]) -> list[Action]:
         self.events += sum(action.events for action in done)
         return done
+
+
+class Seals:
+    """Sealing every five minutes, where enough events have left the hot window to fill a block.
+
+    Attributes
+    ----------
+    rows : list of int
+        Before which to seal: those that begin a minute, five minutes or more after the last; the end.
+    events : int
+        Sealed so far.
+    """
+
+    def __init__(
+        self, redis: Redis, settings: Settings, times: Ints, now_at: Callable[[int], int], rounds: Rounds | None
+    ) -> None:
+        self.events = 0
+        self._redis, self._settings, self._times, self._now_at, self._rounds = redis, settings, times, now_at, rounds
+        self._hot_ms = 1000 * settings.retention.hot_s
+        self._enough = 0.0  # events: with fewer, no full block would be found
+        self._made: Ahead | None = None
+        minutes = times // clock.MINUTE_MS * clock.MINUTE_MS
+        self.rows, next_ms = list[int](), 0
+        for row in run_starts(minutes)[1:].tolist():
+            if minutes[row] >= next_ms:
+                self.rows.append(row)
+                next_ms = minutes[row] + _SEAL_MS
+        self.rows.append(len(times))
+
+    async def run(self, row: int) -> None:
+        """Seal, where it is time to."""
+        now_ms = self._now_at(row)
+        if row == self.rows[bisect_left(self.rows, row)] and self._due(now_ms):
+            done = await seal(self._redis, now_ms=now_ms, settings=self._settings, made=self._made)
+            self.events, self._made = self.events + done.events, None
+            if done.blocks:
+                self._enough = _NEARLY * done.events / done.blocks
+
+    async def make_next(self, row: int) -> None:
+        """Let the next blocks be made while the server takes the events up to then, if all that they hold is there."""
+        if row < len(self._times) and self._made is None:
+            now_ms = self._now_at(self.rows[bisect_right(self.rows, row)])
+            if now_ms - self._hot_ms <= self._times[row] and self._due(now_ms):
+                self._made = await ahead(self._redis, now_ms=now_ms, settings=self._settings)
+
+    def _due(self, now_ms: int) -> bool:
+        old, compacted = self._times.searchsorted(
+            [now_ms - self._hot_ms, self._rounds.sealed_ms if self._rounds else 0]
+        )
+        return bool(old - max(self.events, compacted) >= self._enough)
 
 
 class Expiry:

@@ -12,7 +12,7 @@ import numpy as np
 
 from liqlab.clock import MINUTE_MS
 from liqlab.codecs import CODECS
-from liqlab.codecs.blocks import MAX_EVENTS
+from liqlab.sealing import ENTRY, MOST_EACH, fitting
 from liqlab.settings import Settings
 from liqlab.sizing.entries import Entries
 from liqlab.sizing.prepare import Prepared
@@ -20,7 +20,6 @@ from liqlab.sizing.structures import Floats, Ints
 
 SEAL_MS: Final = 5 * MINUTE_MS  # as liqlab.replay does
 _STEPS: Final = (1 << 7, 1 << 12, 1 << 15, 1 << 23)  # from which on a difference in time takes a byte more
-_ENTRY, _TYPICAL, _MOST_EACH, _FITS = 64, 5, 32, 6  # liqlab.sealing
 _SAMPLES: Final = 24  # places of the feed at which blocks are encoded
 _COUNTS: Final = (16, 64, 256, 1024, 4096)  # of events in such a block
 
@@ -170,12 +169,18 @@ def seal(
     next_compact_ms = int(prepared.start_ms[0]) + compact_ms
     times, rows = prepared.columns.ts_ms[which], prepared.rows
     limits = prepared.now_ms - 1000 * settings.retention.hot_s
-    room = settings.writer.block_bytes - _ENTRY
-    least = max(settings.writer.block_bytes // _MOST_EACH, 1)
-    sizer = _exact(prepared, settings, which) if exact else _sampled(prepared, settings, which)
+    room = settings.writer.block_bytes - ENTRY
+    least = max(settings.writer.block_bytes // MOST_EACH, 1)
+    size_of = _exact(prepared, settings, which) if exact else _sampled(prepared, settings, which)
     found: list[tuple[int, int, int, int]] = []
     next_ms, start = 0, 0
     ready = np.searchsorted(times, limits).tolist()
+    left = np.arange(0)
+    each: list[float] = []  # bytes of an event in the block before, where there was one
+
+    def length(count: int) -> int:
+        return size_of(left[:count], False)
+
     for row, now_ms in enumerate(prepared.now_ms.tolist()):
         if now_ms < next_ms and row < rows - 1:
             continue
@@ -184,12 +189,16 @@ def seal(
         if partial:
             next_compact_ms = now_ms + compact_ms
         left = np.arange(start, ready[row])
+        if settings.writer.block_codec != "block":  # only of these sealing knows what the last one had
+            each = []
         if lost is not None:
             left = left[lost[left] > row]
         while len(left) >= (1 if partial else least):
-            count, size, full = _fitting(times[left], room, sizer, left)
+            count, full = fitting(times[left], room, length, *each)
             if not full and not partial:
                 break
+            size = size_of(left[:count], True)
+            each = [size / count]
             start = int(left[count - 1]) + 1
             left = left[count:]
             cut = int(times[left[0]]) if len(left) else int(limits[row])
@@ -198,49 +207,23 @@ def seal(
     return Blocks(table[:, 0], table[:, 1], table[:, 2], table[:, 3])
 
 
-def _fitting(times: Ints, room: int, size_of: Callable[[Ints], int], left: Ints) -> tuple[int, int, bool]:
-    """Find how many of the first events `left` fill a block; `liqlab.sealing` has the same search."""
-    whole, best, least = len(times), (0, 0), len(times) + 1
-    count = min(room // _TYPICAL, MAX_EVENTS)
-    for _ in range(_FITS):
-        count = _untied(times, count)
-        if not best[0] < count < least:
-            break
-        size = size_of(left[:count])
-        if size <= room:
-            best = (count, size)
-            if count == whole or size > 0.97 * room:
-                break
-        else:
-            least = count
-            if count == _untied(times, 1):
-                return count, size, True
-        count = min(max(int(count * room / size * 0.99), best[0] + 1), least - 1)
-    return *best, best[0] < whole or best[1] > 0.9 * room
-
-
-def _untied(times: Ints, count: int) -> int:
-    if count >= len(times):
-        return len(times)
-    below = int(np.searchsorted(times, times[count]))
-    return below or int(np.searchsorted(times, times[count], side="right"))
-
-
-def _exact(prepared: Prepared, settings: Settings, which: Ints) -> Callable[[Ints], int]:
+def _exact(prepared: Prepared, settings: Settings, which: Ints) -> Callable[[Ints, bool], int]:
+    """Return what says how many bytes a block of events takes: to a word, or exactly."""
     codec, columns = CODECS[settings.writer.block_codec], prepared.columns
     names = prepared.names(settings.writer.layout)
 
-    def size_of(left: Ints) -> int:
+    def size_of(left: Ints, exactly: bool) -> int:
         at = which[left]
-        key = (codec.name, settings.writer.layout, settings.shards, int(at[0]), int(at[-1]), len(at))
+        key = (codec.name, settings.writer.layout, settings.shards, int(at[0]), int(at[-1]), len(at), exactly)
         if key not in prepared.blocks:
-            prepared.blocks[key] = len(codec.encode(columns.rows(at), names)[0][0])
+            rows = columns.rows(at)
+            prepared.blocks[key] = len(codec.encode(rows, names)[0][0]) if exactly else codec.length(rows, names)
         return prepared.blocks[key]
 
     return size_of
 
 
-def _sampled(prepared: Prepared, settings: Settings, which: Ints) -> Callable[[Ints], int]:
+def _sampled(prepared: Prepared, settings: Settings, which: Ints) -> Callable[[Ints, bool], int]:
     """Return sizes by place and number: samples are encoded, and interpolated between."""
     places, each, counts = prepared.once(
         ("samples", settings.writer.block_codec, settings.shards, int(which[0])),
@@ -252,7 +235,7 @@ def _sampled(prepared: Prepared, settings: Settings, which: Ints) -> Callable[[I
     of_count = each.mean(axis=0).tolist()
     log_counts = np.log(counts).tolist()
 
-    def size_of(left: Ints) -> int:
+    def size_of(left: Ints, exactly: bool) -> int:
         nearest = int(((left[0] + left[-1]) / 2 - places[0]) / width + 0.5)
         log, at = math.log(len(left)), 1
         while at < len(of_count) - 1 and log > log_counts[at]:
