@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from liqlab.events import Columns, check
 from liqlab.feeds import Feed
 from liqlab.percentiles import METHODS, Method, Unlimited
 from liqlab.replay import Ingested, Progress, ingest
-from liqlab.settings import Settings, load
+from liqlab.settings import Settings, changed, load
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -130,7 +130,10 @@ def compare(found: pd.DataFrame, true: pd.DataFrame, *, within_s: float) -> Fide
 
 
 def _by_side(alerts: pd.DataFrame) -> dict[Any, list[Any]]:
-    return {key: list(part.itertuples()) for key, part in alerts.groupby(["symbol", "side"])}
+    found: dict[Any, list[Any]] = {}
+    for one in alerts.itertuples():
+        found.setdefault((one.symbol, one.side), []).append(one)
+    return dict(sorted(found.items()))
 
 
 def _row(key: tuple[Any, ...], true: Any, found: Any) -> tuple[Any, ...]:
@@ -144,7 +147,7 @@ async def fidelity(
     feed: Feed | pd.DataFrame,
     redis: Redis,
     *,
-    method: str = "logbins",
+    method: str | None = None,
     settings: Settings | None = None,
     cleaner: Cleaner | None = None,
     progress: Progress | None = None,
@@ -157,8 +160,8 @@ async def fidelity(
         From `liqlab.read_feed`, or an event table.
     redis : redis.asyncio.Redis
         A server without liqlab's keys.
-    method : str
-        A name in `liqlab.percentiles.METHODS`.
+    method : str, optional
+        A name in `liqlab.percentiles.METHODS`; `detector.method` when absent.
     settings : Settings, optional
         `liqlab.settings.load()` when absent.
     cleaner : Cleaner, optional
@@ -171,9 +174,16 @@ async def fidelity(
     EventError, WriterError
         As `liqlab.ingest`.
     """
-    settings = settings or load()
-    found = METHODS[method](redis, settings=settings)
+    settings, found = _chosen(redis, settings, method)
     return (await _played(feed, redis, settings, found, cleaner, progress))[1]
+
+
+def _chosen(redis: Redis, settings: Settings | None, method: str | None) -> tuple[Settings, Method]:
+    """Return settings with a method of percentiles, and the method."""
+    settings = settings or load()
+    if method in get_args(type(settings.detector).model_fields["method"].annotation):
+        settings = changed(settings, {"detector.method": method})
+    return settings, METHODS[method or settings.detector.method](redis, settings=settings)
 
 
 async def _played(
@@ -185,11 +195,12 @@ async def _played(
     progress: Progress | None,
     moments: Sequence[int] = (),
     visit: Callable[[int], Awaitable[None]] | None = None,
+    true: pd.DataFrame | None = None,
 ) -> tuple[Ingested, Fidelity]:
-    events = feed.events if isinstance(feed, Feed) else feed
+    events, times = feed.events if isinstance(feed, Feed) else feed, 2 if true is None else 1
 
     def after(begun: int) -> Progress | None:
-        return progress and (lambda done, total: progress(begun + done, 2 * total))
+        return progress and (lambda done, total: progress(begun + done, times * total))
 
     done = await ingest(
         feed,
@@ -201,7 +212,8 @@ async def _played(
         visit=visit,
         progress=after(0),
     )
-    true = await backtest(events, Detector(None, settings=settings), progress=after(len(events)))
+    if true is None:
+        true = await backtest(events, Detector(None, settings=settings), progress=after(len(events)))
     return done, compare(done.alerts, true, within_s=settings.retention.cooldown_s)
 
 
@@ -236,12 +248,21 @@ class Replayed:
         return self.ingested.timeline
 
     @property
+    def peak_bytes(self) -> int:
+        """The most that `used_memory` was at a point of the timeline."""
+        return int(self.timeline["used_memory"].max())
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing was evicted, and memory stayed below what the server may use."""
+        return self.ingested.evicted == 0 and self.peak_bytes <= self.maxmemory
+
+    @property
     def lost(self) -> dict[str, int]:
         """The parts of `events_lost`.
 
         ``trimmed`` by MAXLEN, or to the bytes that cleanup allows; ``expired`` with their stream or block; ``evicted``
-        is the rest: what went with a key that the server evicted, and what nobody counted (blocks of `msgpack-zlib`
-        and the strategies `pipeline` and `single` do not tell what is trimmed of them).
+        is the rest: what went with an evicted key, and what is not counted (what `pipeline` and `single` trim).
         """
         done = self.ingested
         parts = {"trimmed": done.trimmed + done.cleaned, "expired": done.aged}
@@ -261,10 +282,8 @@ class Replayed:
         what, line = self.fidelity.by_hour, self.timeline["ts_ms"] // clock.HOUR_MS * clock.HOUR_MS
         ends = [*line.iloc[[0, -1]], *what.index]
         what = what.reindex(range(min(ends), max(ends) + 1, clock.HOUR_MS), fill_value=0)
-        table = pd.DataFrame(
-            {"true": what["same"] + what["missed"], "found": what["same"] + what["extra"], "same": what["same"]}
-        )
-        table = table.rename_axis("ts_ms").reset_index()
+        columns = {"true": what["same"] + what["missed"], "found": what["same"] + what["extra"], "same": what["same"]}
+        table = pd.DataFrame(columns).rename_axis("ts_ms").reset_index()
         for name, whole in (("precision", "found"), ("recall", "true")):
             table[name] = table["same"] / table[whole].where(table[whole] > 0)
         return table
@@ -274,6 +293,8 @@ class Replayed:
         return {
             "ingest": self.ingested.as_dict(),
             "maxmemory": self.maxmemory,
+            "peak_bytes": self.peak_bytes,
+            "fits": self.fits,
             "events_lost": self.events_lost,
             "lost": self.lost,
             "table": records(self.table.reset_index()),
@@ -294,9 +315,10 @@ async def replay(
     redis: Redis,
     *,
     settings: Settings | None = None,
-    method: str = "logbins",
+    method: str | None = None,
     percentiles: Sequence[float] = (95.0,),
     cleaner: bool = True,
+    true: pd.DataFrame | None = None,
     progress: Progress | None = None,
 ) -> Replayed:
     """Play a feed through the real system, all of it on the feed's clock, and compare it with unlimited history.
@@ -313,22 +335,25 @@ async def replay(
         A private server without keys, from ``liqlab.serve(settings=settings)`` for the limits of `settings.server`.
     settings : Settings, optional
         `liqlab.settings.load()` when absent.
-    method : str
-        Where the detector's percentiles come from: a name in `liqlab.percentiles.METHODS`.
+    method : str, optional
+        Where percentiles come from: a name in `liqlab.percentiles.METHODS`; `detector.method` when absent.
     percentiles : sequence of float
         Compared with the exact ones, 0 to 100.
     cleaner : bool
         Whether cleanup runs its schedule.
+    true : pandas.DataFrame, optional
+        The alerts of unlimited history, where they are known; from `liqlab.detector.backtest` when absent.
     progress : callable, optional
-        Called with (events done, events in all), where each counts twice: played, and looked at with unlimited history.
+        Called with (events done, events in all), where each counts twice: played, and looked at with unlimited history,
+        unless `true` is given.
 
     Raises
     ------
     EventError, WriterError
         As `liqlab.ingest`.
     """
-    settings = settings or load()
-    kept, truth = METHODS[method](redis, settings=settings), Unlimited(settings=settings)
+    settings, kept = _chosen(redis, settings, method)
+    truth = Unlimited(settings=settings)
     events = check(feed.events if isinstance(feed, Feed) else feed)
     symbols = [str(name) for name in events["symbol"].value_counts().index[:_BUSIEST] if len(events)]
     await truth.add(Columns.of(events[events["symbol"].isin(symbols)]))
@@ -341,16 +366,8 @@ async def replay(
                 (ms, symbol, *figures) for figures in zip(percentiles, found.tolist(), exact.tolist(), strict=True)
             )
 
-    done, alerts = await _played(
-        feed,
-        redis,
-        settings,
-        kept,
-        Cleaner(redis, settings=settings) if cleaner else None,
-        progress,
-        _moments(events),
-        visit,
-    )
+    rounds = Cleaner(redis, settings=settings) if cleaner else None
+    done, alerts = await _played(feed, redis, settings, kept, rounds, progress, _moments(events), visit, true)
     await _settled(redis)
     measured = await measure(redis, settings=settings, limit=_ALL)
     table = measured.families[["share", "keys", "members", "bytes"]].copy()

@@ -19,7 +19,7 @@ from redis.exceptions import OutOfMemoryError, ResponseError
 from redis.utils import str_if_bytes
 
 from liqlab import clock, schema, sealing
-from liqlab.budget import FOREIGN, UNATTRIBUTED, human, measure
+from liqlab.budget import FOREIGN, UNATTRIBUTED, Budget, human, measure
 from liqlab.cleanup import backup, families
 from liqlab.cleanup.families import Freed
 from liqlab.cleanup.pressure import Action, Pressure, Tier
@@ -61,6 +61,8 @@ class Cleaner:
     actions : deque of Action
         The last `KEPT` ones.
     tier : Tier
+    measured : Budget or None
+        What families took when they were last measured.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Cleaner:
         self.dry_run = dry_run
         self.actions: deque[Action] = deque(maxlen=KEPT)
         self.pressure = Pressure(self.settings)
+        self.measured: Budget | None = None
         self._redis = redis
         self._on_action = on_action
         self._overdraft = 0.0  # bytes that the server itself takes beyond the buffer's share
@@ -244,7 +247,7 @@ class Cleaner:
     async def _sweep(self, limit: int) -> None:
         """Bring the families that are many keys within their bytes."""
         redis, retention = self._redis, self.settings.retention
-        measured = await measure(redis, settings=self.settings, limit=_LIMIT)
+        self.measured = measured = await measure(redis, settings=self.settings, limit=_LIMIT)
         beyond = int(measured.table["bytes"].reindex([UNATTRIBUTED, FOREIGN], fill_value=0).sum())
         self._overdraft = max(beyond - self.settings.budget.buffer * limit, 0.0)
         found = measured.families
@@ -276,7 +279,8 @@ class Cleaner:
         for name in names:
             if name not in each or (excess <= 0 and name not in oldest):
                 continue
-            work = families.buckets(self._redis, name, excess, each[name], oldest.get(name, 0), dry_run=self.dry_run)
+            least = oldest.get(name, 0)
+            work = families.buckets(self._redis, name, self.settings, excess, each[name], least, dry_run=self.dry_run)
             before = len(self._round)
             await self._act("drop", name, work)
             excess -= sum(action.keys for action in self._round[before:]) * each[name]

@@ -102,9 +102,8 @@ def tune(
             f"{row['used_bytes'] / (1 << 20):,.2f}",
             f"{row['threshold_error_pct']:.2f}",
         )
-        table.add_row(
-            *(str(row[name]) for name in varied), *figures, f"{row['recall']:.4f}", "yes" if row["fits"] else "no"
-        )
+        chosen_values = (str(row[name]).replace("<NA>", "-") for name in varied)
+        table.add_row(*chosen_values, *figures, f"{row['recall']:.4f}", "yes" if row["fits"] else "no")
     screen.print(table)
     same = ", ".join(f"{name}={front[name].iloc[0]}" for name in space if name not in varied)
     if same:
@@ -256,6 +255,5 @@ def _show(found: Recommendation, checked: Verified | None) -> None:
         ]
         table.add_row(str(figure), *values, f"{row['off_pct']:+.1f} %" if row["off_pct"] == row["off_pct"] else "")
     screen.print(table)
-    screen.print(
-        f"{'stays within' if checked.fits else 'does not stay within'} its memory; evicted: {checked.ingested.evicted}"
-    )
+    stays = "stays within" if checked.fits else "does not stay within"
+    screen.print(f"{stays} its memory; evicted: {checked.replayed.ingested.evicted}")

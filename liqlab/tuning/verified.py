@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from redis.asyncio import Redis
 
 from liqlab import budget
-from liqlab.cleanup import Cleaner
-from liqlab.detector import Detector
 from liqlab.feeds import Feed
-from liqlab.fidelity import Fidelity, compare
-from liqlab.replay import Ingested, Progress, ingest
-from liqlab.settings import Settings, changed
+from liqlab.fidelity import Replayed, replay
+from liqlab.replay import Progress
+from liqlab.settings import Settings
 from liqlab.sizing import Calibration, Prepared, prepare
-from liqlab.tuning.outcome import evaluate
-
-_CHECK_S: Final = 1_800
+from liqlab.tuning.outcome import Outcome, evaluate
 
 
 @dataclass(frozen=True)
@@ -30,31 +26,24 @@ class Verified:
     ----------
     table : pandas.DataFrame
         Index: the figure. Columns: predicted, measured, off_pct.
-    ingested : Ingested
-        What the replay did.
-    fidelity : Fidelity
-        Its alerts beside those of exact history.
-    maxmemory, peak_bytes : int
-        What the server may use, and the most that it did.
+    replayed : liqlab.fidelity.Replayed
+        The replay.
     """
 
     table: pd.DataFrame
-    ingested: Ingested
-    fidelity: Fidelity
-    maxmemory: int
-    peak_bytes: int
+    replayed: Replayed
 
     @property
     def fits(self) -> bool:
         """Whether nothing was evicted, and memory stayed below what the server may use."""
-        return self.ingested.evicted == 0 and self.peak_bytes <= self.maxmemory
+        return self.replayed.fits
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers and text, for JSON."""
         return {
             "fits": self.fits,
-            "evicted": self.ingested.evicted,
-            "peak_bytes": self.peak_bytes,
+            "evicted": self.replayed.ingested.evicted,
+            "peak_bytes": self.replayed.peak_bytes,
             "figures": budget.records(self.table.reset_index()),
         }
 
@@ -70,8 +59,7 @@ async def verify(
 ) -> Verified:
     """Play a feed through the real system under settings, and put what it measures beside what was predicted.
 
-    Writer, sealing, expiry, cleanup and detector run on the feed's clock, see `liqlab.ingest`; what families take is
-    looked at once in half an hour of it.
+    See `liqlab.fidelity.replay` for what is played. Predicted is what cleanup leaves of the streams.
 
     Parameters
     ----------
@@ -91,29 +79,34 @@ async def verify(
     """
     prepared = prepare(feed)
     found = evaluate(prepared, settings, calibration, window_s=window_s)
-    # A look at every family takes longer than five minutes of a feed that is played.
-    rarely = changed(settings, {"cleanup.check_s": max(settings.cleanup.check_s, _CHECK_S)})
-    detector, cleaner = Detector(redis, settings=settings), Cleaner(redis, settings=rarely)
-    done = await ingest(
-        prepared.columns.table(), redis, settings=settings, cleaner=cleaner, detector=detector, progress=progress
+    model = found.quality.fidelity
+    asked = (settings.detector.percentile,)
+    done = await replay(
+        prepared.columns.table(), redis, settings=settings, percentiles=asked, true=model.true, progress=progress
     )
-    measured = await budget.measure(redis, settings=settings)
-    true = found.quality.fidelity.true
-    alerts = compare(done.alerts, true, within_s=settings.retention.cooldown_s)
     await redis.script_flush("SYNC")  # what its interpreters leave comes and goes
     memory = await redis.info("memory")
     used = int(memory["used_memory"]) - int(memory.get("mem_clients_normal", 0))
-    last = found.families.iloc[-1]
+
+    last, held = _cleaned(found)
     rows: dict[str, tuple[float, float]] = {"used_memory": (found.predicted.base_bytes + float(last.sum()), used)}
-    for name, size in measured.families["bytes"].items():
+    for name, size in done.table["bytes"].items():
         rows[f"{name} bytes"] = (float(last.get(str(name), np.nan)), float(size))
-    model = found.quality.fidelity
-    rows["events held"] = (found.predicted.events_kept, done.held)
-    rows["alerts"] = (len(model.found), len(alerts.found))
+    rows["events held"] = (held, done.ingested.held)
+    rows["alerts"] = (len(model.found), len(done.fidelity.found))
     for name in ("precision", "recall"):
-        both = (getattr(model, name), getattr(alerts, name))
+        both = (getattr(model, name), getattr(done.fidelity, name))
         rows[name] = (np.nan if both[0] is None else both[0], np.nan if both[1] is None else both[1])
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["predicted", "measured"]).astype(float)
     table["off_pct"] = 100 * (table["predicted"] / table["measured"].where(table["measured"] != 0) - 1)
-    peak = int(done.timeline["used_memory"].max())
-    return Verified(table.rename_axis("figure"), done, alerts, int(memory["maxmemory"]), peak)
+    return Verified(table.rename_axis("figure"), done)
+
+
+def _cleaned(found: Outcome) -> tuple[pd.Series[float], float]:
+    """Return what families take at the end, and the events held, where cleanup has kept the streams in their share."""
+    last, shares = found.families.iloc[-1].copy(), found.shares
+    server = max(float(shares["bytes"]["buffer"] - shares["budget_bytes"]["buffer"]), 0)  # beyond the buffer's share
+    room = found.settings.budget.streams * (found.maxmemory - server)
+    over = max(float(last["events"] + last["blocks"]) - room, 0)
+    last["blocks" if last["blocks"] > over else "events"] -= over
+    return last, found.predicted.events_kept - over / found.event_bytes
