@@ -30,6 +30,7 @@ from rich.table import Table
 import liqlab
 from benchmarks.rows import record
 from liqlab import budget, clock, server, settings, sizing
+from liqlab.detector import Detector
 from liqlab.events import concat
 from tests.test_budget import quiet_memory
 
@@ -84,6 +85,11 @@ def draw(rng: np.random.Generator) -> settings.Settings:
             "candle_1h_s": one(7_200, 86_400),
             "unique_symbols_s": one(1_800, 3_600),
         },
+        detector={
+            "method": one("logbins", "logbins", "exact", "topk", "reservoir"),
+            "size": one(None, 50, 300),
+            "min_usd": 1e15,  # what a detector fills is measured, not what it raises
+        },
         server={
             "stream_node_max_bytes": one(512, 1_024, 4_096, 8_192),
             "stream_node_max_entries": one(50, 100, 200, 1_000),
@@ -95,7 +101,8 @@ async def measure(kind: str, events: pd.DataFrame, chosen: settings.Settings) ->
     """Ingest into a fresh server; `used_memory` without clients and scripts' garbage, the budget, events held."""
     with server.serve(settings=chosen, binary=server.binaries()[kind], maxmemory=0) as running:
         async with running.connect() as redis:
-            done = await liqlab.ingest(events, redis, settings=chosen)
+            detector = None if chosen.detector.method == "logbins" else Detector(redis, settings=chosen)
+            done = await liqlab.ingest(events, redis, settings=chosen, detector=detector)
         async with running.connect() as redis:
             await redis.script_flush("SYNC")
             used = await quiet_memory(redis)
@@ -149,6 +156,7 @@ async def run(
                                 include={"layout", "codec", "block_codec", "block_bytes", "candles"}
                             ),
                             **chosen.retention.model_dump(include={"hot_s", "events_maxlen", "percentile_bucket_s"}),
+                            **chosen.detector.model_dump(include={"method", "size"}),
                             **chosen.server.model_dump(include={"stream_node_max_bytes", "stream_node_max_entries"}),
                             "shards": chosen.shards,
                         },

@@ -1,6 +1,6 @@
 """How fast the models are: a move of each slider of the panel, a sweep beside a replay, two Dask workers beside one.
 
-python benchmarks/bench_tuning.py [--quick] [--events 1000000] [--settings 648]
+python benchmarks/bench_tuning.py [--quick] [--events 1000000] [--settings 1296]
 
 A slider move is what the kernel does between two figures: the models and the update of the panel's figure. The rival of
 a sweep is the replay of the same feed under one setting by `liqlab.ingest`: writer, sealing and expiry, no detector.
@@ -18,23 +18,32 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from distributed import LocalCluster
 
 import liqlab
 from benchmarks.rows import record
 from liqlab import clock, settings, sizing, widgets
 from liqlab.tuning import SPACE, sweep
-from liqlab.widgets.panel import KNOBS
+from liqlab.tuning.search import local_cluster
+from liqlab.widgets.panel import KNOBS, is_number
+
+PERCENTILES = [
+    name for name in KNOBS if "percentile" in name or name == "detector.size"
+]  # what a method's answers depend on
 
 
 def slider_ms(events: sizing.Prepared) -> list[float]:
-    """Move each slider over all of its values, and back: the ms of each move."""
+    """Move each slider over all its values, and back; those of percentiles under each method: the ms of each move."""
     panel = widgets.panel(events, settings.load())
     found = []
-    for name, (_, values) in KNOBS.items():
-        if not isinstance(next(iter(values.values())), int | float):
-            continue
-        taken = []
+    sliders = [(name, "logbins") for name, (_, values) in KNOBS.items() if is_number(values)]
+    for method in list(KNOBS["detector.method"][1].values())[1:]:
+        sliders += [(name, method) for name in PERCENTILES if name != "detector.size" or method != "exact"]
+    for name, method in sliders:
+        values, taken = KNOBS[name][1], []
+        began = clock.elapsed_s()
+        panel.knobs["detector.method"].value = method
+        if method != "logbins":
+            print(f"{method}: {1000 * (clock.elapsed_s() - began):.0f} ms to turn to", end="; ")
         for value in [*values.values(), *reversed(values.values())]:
             if panel.knobs[name].value != value:
                 began = clock.elapsed_s()
@@ -57,8 +66,7 @@ def swept_s(events: sizing.Prepared, count: int, workers: int = 0) -> float:
     with ExitStack() as stack:
         address = None
         if workers:
-            cluster = stack.enter_context(LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None))
-            address = cluster.scheduler_address
+            address = stack.enter_context(local_cluster(workers)).scheduler_address
         fresh = sizing.prepare(events.columns.table())
         began = clock.elapsed_s()
         sweep(fresh, SPACE, count=count, dask=address)
@@ -69,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of the events and settings; nothing is recorded")
     parser.add_argument("--events", type=int, default=1_000_000)
-    parser.add_argument("--settings", type=int, default=648, help="combinations of the sweep; all are 648")
+    parser.add_argument("--settings", type=int, default=1_296, help="combinations of the sweep; all are 3,888")
     options = parser.parse_args()
     size, count = (
         (options.events // 10, options.settings // 10) if options.quick else (options.events, options.settings)

@@ -209,8 +209,14 @@ def _candles(events: Columns, keys: _Keys, ttl: dict[str, int | None], shard: in
 
 
 def _sketches(events: Columns, keys: _Keys, settings: Settings, shard: int | None) -> list[Any]:
-    """Return how many buckets are kept, and keys, buckets and words: how many notionals fall into which bin."""
+    """Return how many buckets are kept, and keys, buckets and words: how many notionals fall into which bin.
+
+    None of them where percentiles are kept in another way: their bytes would come on top.
+    """
     family, retention = schema.BY_NAME["sketch"], settings.retention
+    kept = -(-retention.percentile_window_s // retention.percentile_bucket_s)
+    if settings.detector.method != "logbins":
+        return [kept, [], [], []]
     width_ms = 1000 * retention.percentile_bucket_s
     hours = events.ts_ms // width_ms
     quarters = quantiles.quarters(events.notional)
@@ -226,7 +232,7 @@ def _sketches(events: Columns, keys: _Keys, settings: Settings, shard: int | Non
     least, most = np.minimum.reduceat(values, first), np.maximum.reduceat(values, first)
     heads = quantiles.heads(least, most, np.minimum.reduceat(ticks, first), np.maximum.reduceat(ticks, first))
     return [
-        -(-retention.percentile_window_s // retention.percentile_bucket_s),
+        kept,
         [keys(family.key(events.symbols[code], shard=shard)) for code in symbol[first].tolist()],
         hours[first].tolist(),
         [head + words[start:stop] for head, start, stop in zip(heads, starts, stops.tolist(), strict=True)],

@@ -97,7 +97,7 @@ async def methods_compared(
             figures = (len(true.low), dollars, points, await method.memory(symbol), query_us)
             rows.append((name, method.biased, symbol, *figures))
             family, shard = schema.BY_NAME, schema.shard_of(symbol, settings.shards)
-            pattern = f"{schema.literal(family['percentile'].head(symbol))}*"
+            pattern = f"{schema.literal(family['percentile'].head(symbol, shard=shard))}*"
             kept = [key async for key in redis.scan_iter(match=pattern, count=1_000)]
             await redis.unlink(family["sketch"].key(symbol, shard=shard), *kept)
     return pd.DataFrame(rows, columns=_COMPARED)

@@ -23,7 +23,7 @@ from redis.asyncio import Redis
 
 from liqlab import archive, clock, schema
 from liqlab.events import SIDES, Columns, check, run_starts
-from liqlab.percentiles import LogBins, Method, Unlimited
+from liqlab.percentiles import METHODS, Method, Unlimited
 from liqlab.quantiles import Distribution
 from liqlab.server import checkpoint
 from liqlab.settings import Detector as Detection
@@ -125,7 +125,7 @@ class Detector:
     redis : redis.asyncio.Redis or None
         Where alerts are claimed and signalled; None keeps them to this object, for a study without a server.
     method : Method, optional
-        Where percentiles come from; the sketches that the writer keeps when absent.
+        Where percentiles come from; what `detector.method` names when absent, every value without a server.
     settings : Settings, optional
         `detector`, `retention` and `shards` are read; `liqlab.settings.load()` when absent.
     """
@@ -134,7 +134,8 @@ class Detector:
         self.settings = settings or load()
         self.redis = redis
         if method is None:
-            method = LogBins(redis, settings=self.settings) if redis else Unlimited(settings=self.settings)
+            kind = METHODS[self.settings.detector.method] if redis else Unlimited
+            method = kind(redis, settings=self.settings)  # type: ignore[arg-type]
         self.method = method
         self._claim = redis.register_script(_CLAIM) if redis else None
         self._recent: Columns | None = None  # events of the last `detector.volume_s`
@@ -225,14 +226,19 @@ class Detector:
     async def follow(self) -> AsyncIterator[list[Alert]]:
         """Look at what is written to Redis as it is written, and yield the alerts of each look that raised any.
 
-        Begins `detector.volume_s` ago: what happened while no detector ran is looked at, if not for long.
+        Begins `detector.volume_s` ago: what happened while no detector ran is looked at, if not for long. A method that
+        the writer does not fill gets what comes from now on: a detector that begins again adds nothing twice.
         """
         if self.redis is None:
             raise RuntimeError("there is no server to follow: make the detector with one")
-        start_ms, after = clock.now_ms() - 1000 * self.settings.detector.volume_s, dict[str, str]()
+        begun_ms, after = clock.now_ms(), dict[str, str]()
+        start_ms = begun_ms - 1000 * self.settings.detector.volume_s
         while True:
             events = await archive.tail(self.redis, after, start_ms=start_ms, settings=self.settings)
-            if alerts := await self.look(events):
+            alerts = await self.look(events)
+            if not self.method.written:
+                await self.method.add(Columns.of(events[events["ts_ms"] >= begun_ms]))
+            if alerts:
                 yield alerts
             checkpoint()
             await asyncio.sleep(0 if len(events) else _POLL_S)

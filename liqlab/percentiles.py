@@ -1,8 +1,9 @@
 """Ways to keep percentiles, behind one interface: the default, and what it is to be compared with.
 
-`logbins` is the default, which the writer's batch fills. `exact`, `topk`, `reservoir` and `tdigest` have one key a
-symbol and bucket of time, `size:SYMBOL:BUCKET`, of which one method at a time is the owner; `tdigest` needs a server
-that has TDIGEST. `unlimited` is every value in the memory of this process: what the others would be without Redis.
+`detector.method` says which of them a detector asks. `logbins` is the default, which the writer's batch fills. `exact`,
+`topk`, `reservoir` and `tdigest` have one key a symbol and bucket of time, `size:SYMBOL:BUCKET`, of which one method at
+a time is the owner, and one detector fills it; `tdigest` needs a server that has TDIGEST. `unlimited` is every value in
+the memory of this process: what the others would be without Redis.
 """
 
 from __future__ import annotations
@@ -37,9 +38,6 @@ _PAGE: Final = 500
 _ADDED: Final = 1_000  # values in one call of a script, which has room for about 8,000
 _HALF: Final = 0.5
 _LEVELS: Final = np.arange(1, 1_001) / 1_000
-TOP: Final = 100  # the original's bucket size
-SAMPLE: Final = 126  # with the counter 127 members: from 129 on a sorted set takes more than twice as much
-COMPRESSION: Final = 100  # of a t-digest, 9.8 KB
 _COUNT: Final = "n"  # the member of a reservoir that counts: its score is below all priorities, so it stays
 
 
@@ -51,7 +49,7 @@ class Method(ABC):
     redis : redis.asyncio.Redis
         A client that returns bytes.
     settings : Settings, optional
-        `retention` is read; `liqlab.settings.load()` when absent.
+        `retention`, `shards` and `detector.size` are read; `liqlab.settings.load()` when absent.
 
     Attributes
     ----------
@@ -61,15 +59,23 @@ class Method(ABC):
         Whether more memory would not make it right.
     written : bool
         Whether the writer's batches fill it.
+    usual : int or None
+        The size of a bucket where `detector.size` is not set; None where a bucket has none.
     """
 
     name: ClassVar[str]
     biased: ClassVar[bool] = False
     written: ClassVar[bool] = False
+    usual: ClassVar[int | None] = None
 
     def __init__(self, redis: Redis, *, settings: Settings | None = None) -> None:
         self.redis = redis
         self.settings = settings or load()
+
+    @classmethod
+    def size(cls, settings: Settings) -> int | None:
+        """Return how many values a bucket keeps under settings, None where it has no such size."""
+        return None if cls.usual is None else settings.detector.size or cls.usual
 
     @abstractmethod
     async def add(self, events: Columns) -> None:
@@ -104,7 +110,8 @@ class LogBins(Method):
 
     def __init__(self, redis: Redis, *, settings: Settings | None = None) -> None:
         super().__init__(redis, settings=settings)
-        self._writer = Writer(redis, settings=self.settings.model_copy(update={"journal": Journal()}))
+        own = {"journal": Journal(), "detector": self.settings.detector.model_copy(update={"method": self.name})}
+        self._writer = Writer(redis, settings=self.settings.model_copy(update=own))
 
     async def add(self, events: Columns) -> None:
         """Write the events: their sketches come along."""
@@ -131,6 +138,7 @@ class _Buckets(Method):
     def __init__(self, redis: Redis, *, settings: Settings | None = None) -> None:
         super().__init__(redis, settings=settings)
         self._added = 0  # events, of earlier calls
+        self._kept = self.size(self.settings) or 0
 
     async def add(self, events: Columns) -> None:
         """Add the notionals of events, in time order."""
@@ -147,7 +155,7 @@ class _Buckets(Method):
 
     async def memory(self, symbol: str) -> int:
         """Return the bytes of what is kept of a symbol, by MEMORY USAGE."""
-        pattern = f"{schema.literal(schema.BY_NAME['percentile'].head(symbol))}*"
+        pattern = f"{schema.literal(self._head(symbol))}*"
         keys = [key async for key in self.redis.scan_iter(match=pattern, count=1_000)]
         return sum([int(await self.redis.memory_usage(key, samples=0) or 0) for key in keys])
 
@@ -155,7 +163,11 @@ class _Buckets(Method):
         """Return the keys of a window, and which part of each it covers."""
         window_ms = 1000 * (window_s or self.settings.retention.percentile_window_s)
         parts = quantiles.window_parts(end_ms, window_ms, self._bucket_ms)
-        return {schema.BY_NAME["percentile"].key(symbol, bucket=bucket): part for bucket, part in parts.items()}
+        head = self._head(symbol)
+        return {f"{head}{bucket}": part for bucket, part in parts.items()}
+
+    def _head(self, symbol: str) -> str:
+        return schema.BY_NAME["percentile"].head(symbol, shard=schema.shard_of(symbol, self.settings.shards))
 
     @property
     def _bucket_ms(self) -> int:
@@ -163,13 +175,14 @@ class _Buckets(Method):
 
     def _buckets(self, events: Columns) -> Iterator[tuple[str, Rows]]:
         """Yield each key and the rows that belong to it."""
+        if not len(events):
+            return
         buckets = events.ts_ms // self._bucket_ms
         order = np.lexsort((buckets, events.symbol))
         symbol, buckets = events.symbol[order], buckets[order]
         new = run_starts(symbol, buckets)
         for start, stop in zip(new.tolist(), [*new[1:].tolist(), len(order)], strict=True):
-            name = events.symbols[symbol[start]]
-            yield schema.BY_NAME["percentile"].key(name, bucket=int(buckets[start])), order[start:stop]
+            yield f"{self._head(events.symbols[symbol[start]])}{buckets[start]}", order[start:stop]
 
     @abstractmethod
     def _commands(self, key: str, events: Columns, rows: Rows) -> Iterator[tuple[Any, ...]]:
@@ -217,14 +230,15 @@ class Exact(_SortedSets):
 
 
 class TopK(Exact):
-    """The original's sorted set, trimmed to its 100 largest: high percentiles of a busy hour are all it knows."""
+    """The original's sorted set, trimmed to its largest: high percentiles of a busy hour are all it knows."""
 
     name = "topk"
     biased = True
+    usual = 100  # the original's
 
     def _commands(self, key: str, events: Columns, rows: Rows) -> Iterator[tuple[Any, ...]]:
         for _, _, *words in super()._commands(key, events, rows):
-            yield "EVAL", _BOUNDED, 1, key, "ZPOPMIN", TOP, *words
+            yield "EVAL", _BOUNDED, 1, key, "ZPOPMIN", self._kept, *words
 
 
 class Reservoir(_SortedSets):
@@ -235,16 +249,17 @@ class Reservoir(_SortedSets):
     """
 
     name = "reservoir"
+    usual = 126  # with the counter 127 members: from 129 on a sorted set takes more than twice as much
 
     def _commands(self, key: str, events: Columns, rows: Rows) -> Iterator[tuple[Any, ...]]:
         identity = events.ts_ms.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         identity ^= events.notional.view(np.uint64) + rows.astype(np.uint64) * np.uint64(0xBF58476D1CE4E5B9)
         priority = (_mixed(identity) >> np.uint64(11)).astype(np.float64) / 2.0**53
-        lowest = np.argsort(priority, kind="stable")[:SAMPLE]
+        lowest = np.argsort(priority, kind="stable")[: self._kept]
         pairs = zip(priority[lowest].tolist(), events.notional[lowest].tolist(), strict=True)
         words = (word for score, value in pairs for word in (score, f"{value!r}:{score!r}"))
         yield "ZINCRBY", key, -len(rows), _COUNT
-        yield "EVAL", _BOUNDED, 1, key, "ZPOPMAX", SAMPLE + 1, *words
+        yield "EVAL", _BOUNDED, 1, key, "ZPOPMAX", self._kept + 1, *words
 
     def _weighed(
         self, members: list[tuple[bytes, float]], part: float, start_ms: int, end_ms: int
@@ -270,10 +285,11 @@ class TDigest(_Buckets):
     """
 
     name = "tdigest"
+    usual = 100  # 9.8 KB
 
     def _commands(self, key: str, events: Columns, rows: Rows) -> Iterator[tuple[Any, ...]]:
         for start in range(0, len(rows), _ADDED):
-            yield "EVAL", _DIGEST, 1, key, COMPRESSION, *events.notional[start : start + _ADDED].tolist()
+            yield "EVAL", _DIGEST, 1, key, self._kept, *events.notional[start : start + _ADDED].tolist()
 
     async def distribution(self, symbol: str, *, end_ms: int, window_s: int | None = None) -> Distribution:
         """Return the distribution of a symbol's trailing window, at every tenth of a percentile."""
@@ -301,7 +317,7 @@ class TDigest(_Buckets):
         if not there:
             return np.full(asked.shape, np.nan), 0.0
         merged = schema.BY_NAME["temporary"].key(f"tdigest-{clock.token()}")
-        pipe.execute_command("TDIGEST.MERGE", merged, len(there), *there, "COMPRESSION", COMPRESSION)
+        pipe.execute_command("TDIGEST.MERGE", merged, len(there), *there, "COMPRESSION", self._kept)
         pipe.execute_command(command, merged, *asked.ravel().tolist())
         pipe.execute_command("TDIGEST.INFO", merged)
         pipe.execute_command("TDIGEST.MIN", merged)

@@ -50,7 +50,7 @@ class Family:
     critical : bool
         Whether cleanup must never touch it.
     bucket_ms : int
-        The width of BUCKET, ms; 0 where the key has none.
+        The width of BUCKET, ms, see `width_ms`; 0 where the key has none.
     contents : str
         What a reader of the docs wants to know.
     """
@@ -73,6 +73,10 @@ class Family:
             # A window of 24 h needs the bucket that it starts in as well.
             seconds = settings.retention.percentile_window_s + settings.retention.percentile_bucket_s
         return seconds
+
+    def width_ms(self, settings: Settings) -> int:
+        """Return the width of BUCKET, ms, under settings; 0 where the key has none."""
+        return 1000 * settings.retention.percentile_bucket_s if self.name == "percentile" else self.bucket_ms
 
     def key(
         self, symbol: str | None = None, *, side: str = "", bucket: int | None = None, shard: int | None = None

@@ -144,6 +144,8 @@ class Writer(_Section):
 class Detector(_Section):
     """Which event is an alert; `retention` has the percentile's window, the cooldown, and how long signals stay."""
 
+    method: Literal["logbins", "exact", "topk", "reservoir", "tdigest"] = "logbins"
+    size: Annotated[int, Field(ge=10, le=10_000)] | None = None
     percentile: Annotated[float, Field(gt=0, lt=100)] = 95.0
     refresh_s: PositiveInt = 60
     volume_s: PositiveInt = 900

@@ -3,6 +3,7 @@
 import asyncio
 import multiprocessing
 import os
+from collections.abc import Awaitable, Callable
 from itertools import count
 from pathlib import Path
 
@@ -239,6 +240,48 @@ async def test_a_detector_follows_what_is_written(default_redis: Redis) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert [(alert.symbol, alert.side) for alert in found[before:]] == [("A", "buy")]
+
+
+async def test_a_detector_fills_what_the_writer_does_not(default_redis: Redis) -> None:
+    """With what comes while it runs: one that begins again adds nothing twice, though it looks at the same events."""
+    chosen = settings.load(detector={"method": "exact", "percentile": 50.0, "volume_usd": 0.0, "refresh_s": 1})
+    found: list[Alert] = []
+
+    async def look() -> None:
+        async for alerts in Detector(default_redis, settings=chosen).follow():
+            found.extend(alert for alert in alerts if alert.side == "buy")
+
+    async def kept() -> int:
+        return sum([await default_redis.zcard(key) for key in await default_redis.keys("size:A:*")])
+
+    async def until(done: Callable[[], Awaitable[bool]]) -> None:
+        async with asyncio.timeout(10):
+            while not await done():
+                await asyncio.sleep(0.05)
+
+    async def all_kept() -> bool:
+        return await kept() == 40
+
+    async def raised() -> bool:
+        return bool(found)
+
+    for again in (False, True):
+        task = asyncio.create_task(look())
+        await asyncio.sleep(0.3)
+        async with Writer(default_redis, settings=chosen) as writer:
+            if again:
+                await asyncio.sleep(1.1)  # into another second: what was known before it is asked for
+                await writer.write(Event(clock.now_ms(), "okx", "A", "buy", 1e6, 1.0, 1e6))
+            else:
+                for i in range(40):
+                    await writer.write(Event(clock.now_ms(), "okx", "A", "sell", 1.0 + i / 1_000, 1.0, 1.0 + i / 1_000))
+        await until(raised if again else all_kept)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert [(alert.symbol, alert.side, alert.notional) for alert in found] == [("A", "buy", 1e6)]
+    assert found[0].threshold == pytest.approx(1.019)
+    assert await kept() == 41
+    assert await default_redis.keys("sketch:*") == []
 
 
 async def test_a_replay_forgets_alerts_on_the_feeds_clock(default_redis: Redis) -> None:

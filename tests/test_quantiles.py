@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from liqlab import clock, quantiles, read_feed, settings, synth
+from liqlab.detector import Detector
 from liqlab.events import Columns, event_table
-from liqlab.percentiles import COMPRESSION, METHODS, SAMPLE, TOP, Exact, LogBins, Method, Reservoir, TopK
+from liqlab.percentiles import METHODS, Exact, LogBins, Method, Reservoir, TDigest, TopK
 from liqlab.quantiles import ACCURACY, Distribution, distribution, log_bins, quarters
+from liqlab.schema import shard_of
 from liqlab.server import Server, serve, tdigest_module
 from liqlab.writer import Writer
 
@@ -24,6 +26,7 @@ T0 = 20_000 * DAY
 QS = [0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999]
 RECORDING = Path(__file__).resolve().parents[2] / "shared/feeds/recordings/binance_recorder_2025-01-26.csv"
 N = 4_000
+TOP, SAMPLE, COMPRESSION = 100, 126, 100  # where `detector.size` is not set
 
 
 def events_of(notional: np.ndarray, *, symbol: str = "A", hours: float = 24) -> pd.DataFrame:
@@ -199,6 +202,56 @@ async def test_a_reservoir_is_the_same_whoever_adds_and_however_often(default_re
     await first.add(events)
     again = await default_redis.zrange(key, 0, -1)
     assert once == again
+
+
+async def test_the_settings_say_which_method_a_detector_asks(default_redis: Redis) -> None:
+    """And the writer keeps no sketches then: what reads them finds nothing, which is no distribution."""
+    events = events_of(clock.generator(3).lognormal(8, 2, 500), hours=1)
+    for name in ("exact", "topk", "reservoir", "tdigest"):
+        chosen = settings.load(detector={"method": name})
+        assert type(Detector(default_redis, settings=chosen).method) is METHODS[name]
+    assert isinstance(Detector(default_redis).method, LogBins)
+    chosen = settings.load(detector={"method": "exact"})
+    await Writer(default_redis, settings=chosen).write_table(events)
+    assert await default_redis.exists("vwap:A") == 1
+    assert await default_redis.exists("sketch:A") == 0
+    found = await distribution(default_redis, "A", end_ms=T0 + DAY, settings=chosen)
+    assert found.count == 0
+    assert np.isnan(found.quantiles(QS)).all()
+    # One that is asked for by name is filled whatever the settings say.
+    await LogBins(default_redis, settings=chosen).add(Columns.of(events))
+    assert (await distribution(default_redis, "A", end_ms=T0 + HOUR - 1, settings=chosen)).count == len(events)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+async def test_the_size_of_a_bucket_is_a_setting(default_redis: Redis, shards: int) -> None:
+    values = clock.generator(3).lognormal(8, 2, 400)
+    columns = Columns.of(events_of(values, hours=1))
+    chosen = settings.load(shards=shards, detector={"size": 40})
+    for kind in (TopK, Reservoir):
+        await default_redis.flushall()
+        method = kind(default_redis, settings=chosen)
+        await method.add(columns)
+        kept = await method.distribution("A", end_ms=T0 + HOUR - 1)
+        assert len(kept.low) == kind.size(chosen) == 40
+        assert kept.count == (40 if kind is TopK else pytest.approx(len(values)))
+        if kind is TopK:
+            assert kept.low.tolist() == np.sort(values)[-40:].tolist()
+        [key] = await default_redis.keys("size:*")
+        shard = shard_of("A", shards)
+        assert key.decode() == f"size:{'' if shard is None else f'{{{shard}}}:'}A:{T0 // HOUR}"
+        assert await method.memory("A") == await default_redis.memory_usage(key, samples=0)
+    assert [METHODS[name].size(chosen) for name in ("logbins", "exact", "tdigest")] == [None, None, 40]
+    assert [METHODS[name].size(settings.load()) for name in ("topk", "reservoir", "tdigest")] == [100, 126, 100]
+
+
+async def test_a_digest_is_as_compressed_as_the_settings_say(tdigest_server: Server) -> None:
+    async with tdigest_server.connect() as client:
+        await client.flushall()
+        method = TDigest(client, settings=settings.load(detector={"size": 50}))
+        await method.add(timed([0, 1], [1.0, 2.0]))
+        info = await client.execute_command("TDIGEST.INFO", f"size:A:{T0 // HOUR}")
+        assert int(dict(info)[b"Compression"]) == 50
 
 
 def densest_day(events: pd.DataFrame) -> pd.DataFrame:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,15 @@ import liqlab
 from liqlab import clock, plots, settings, sizing
 from liqlab.detector import Detector, backtest
 from liqlab.events import EventError, check, empty
-from liqlab.fidelity import fidelity
+from liqlab.fidelity import compare, fidelity
+from liqlab.percentiles import Reservoir
 from liqlab.server import Server
-from liqlab.settings import SettingsError, changed
+from liqlab.settings import SettingsError, changed, setting
+from liqlab.tuning import SPACE as USUAL
 from liqlab.tuning import Constraints, evaluate, extrapolate, pareto, recommend, sweep, verify
-from liqlab.tuning.alerts import quality
-from liqlab.tuning.ranges import RangeQuantiles
+from liqlab.tuning.alerts import _Asked, quality
+from liqlab.tuning.ranges import Part, WaveletMatrix, quantiles
+from liqlab.tuning.search import _combinations, _rounds
 
 RECORDING = Path(__file__).resolve().parents[2] / "shared/feeds/recordings/binance_recorder_2025-01-26.csv"
 SPACE = {
@@ -39,17 +44,28 @@ def day(profile: str = "normal", hours: float = 3, symbols: int = 40) -> pd.Data
 # Order statistics of ranges ------------------------------------------------------------------------------------------
 
 
+def selected(values: np.ndarray, q: float, *parts: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Ask for a quantile of parts: which of the values, of what weights, in what cuts, and what is spare."""
+    distinct = np.unique(values)
+    bits = max(int(len(distinct) - 1).bit_length(), 1)
+    made = []
+    for which, weights, cuts, spare in parts:
+        codes = np.searchsorted(distinct, values[which])
+        made.append(Part(WaveletMatrix(codes, bits, weights), cuts, spare))
+    return quantiles(distinct, bits, made, q)
+
+
 @given(
     values=st.lists(st.sampled_from([0.5, 1.0, 2.0]) | st.floats(0.01, 1e9), min_size=1, max_size=80),
     data=st.data(),
     q=st.floats(0, 1),
 )
 def test_a_range_has_the_quantile_that_numpy_finds(values: list[float], data: st.DataObject, q: float) -> None:
-    ends = sorted(data.draw(st.integers(0, len(values))) for _ in range(3))
-    start, middle, stop = (np.array([end]) for end in ends)
+    start, stop = sorted(data.draw(st.integers(0, len(values))) for _ in range(2))
     array = np.array(values)
-    [got], [weight] = RangeQuantiles(array).quantiles(start, middle, stop, np.ones(1), q)
-    part = array[ends[0] : ends[2]]
+    cuts = [(np.array([start]), -1.0), (np.array([stop]), 1.0)]
+    [got], [weight] = selected(array, q, (slice(None), None, cuts, None))
+    part = array[start:stop]
     assert weight == len(part)
     if len(part):
         assert got == np.quantile(part, q, method="inverted_cdf")
@@ -57,20 +73,35 @@ def test_a_range_has_the_quantile_that_numpy_finds(values: list[float], data: st
         assert math.isnan(got)
 
 
-def test_values_before_the_middle_count_in_part() -> None:
-    values = clock.generator(1).lognormal(8, 2, 400)
-    rng = clock.generator(2)
-    ends = np.sort(rng.integers(0, 401, (200, 3)), axis=1)
-    part = rng.random(200)
-    got, weight = RangeQuantiles(values).quantiles(*ends.T, part, 0.9)
-    for at, (start, middle, stop) in enumerate(ends.tolist()):
-        each = np.where(np.arange(start, stop) < middle, part[at], 1.0)
-        assert weight[at] == pytest.approx(each.sum())
-        if each.sum() > 0:
-            order = np.argsort(values[start:stop])
-            total = np.cumsum(each[order])
-            place = np.searchsorted(total, max(np.ceil(0.9 * total[-1] * (1 - 1e-12)), 1) - 0.5)
-            assert got[at] == values[start:stop][order][min(place, len(order) - 1)]
+def weighted(values: np.ndarray, weights: np.ndarray, q: float) -> float:
+    order = np.argsort(values, kind="stable")
+    total = np.cumsum(weights[order])
+    place = np.searchsorted(total, max(np.ceil(q * total[-1] * (1 - 1e-12)), 1) - 0.5)
+    return float(values[order][min(place, len(order) - 1)])
+
+
+def test_values_count_in_part_and_the_least_not_at_all() -> None:
+    values, rng = clock.generator(1).lognormal(8, 2, 400), clock.generator(2)
+    start, middle, stop = np.sort(rng.integers(0, 401, (3, 200)), axis=0)
+    part, spare = rng.random(200), rng.integers(0, 60, 200).astype(float)
+    some = rng.random(400) < 0.5
+    weights = rng.uniform(0.5, 3, some.sum())
+    before = np.concatenate([[0], np.cumsum(some)])
+    whole = [(start, -part), (middle, part - 1), (stop, 1.0)]
+    # Beside them the larger values after the middle, and some that have weights, before it.
+    late = (slice(None), None, [(middle, -1.0), (stop, 1.0)], spare)
+    heavy = (some, weights, [(before[start], -part), (before[middle], part)], None)
+    got, weight = selected(values, 0.9, (slice(None), None, whole, None), late, heavy)
+    for at in range(200):
+        first, half, last = (int(one[at]) for one in (start, middle, stop))
+        largest = np.sort(values[half:last])[int(spare[at]) :]
+        chosen = np.arange(first, half)[some[first:half]]
+        found = np.concatenate([values[first:last], largest, values[chosen]])
+        each = [np.where(np.arange(first, last) < half, part[at], 1.0), np.ones(len(largest))]
+        each.append(part[at] * weights[before[chosen]])
+        assert weight[at] == pytest.approx(np.concatenate(each).sum())
+        if weight[at] > 0:
+            assert got[at] == pytest.approx(weighted(found, np.concatenate(each), 0.9))
 
 
 # Thresholds and alerts -----------------------------------------------------------------------------------------------
@@ -103,6 +134,86 @@ async def test_thresholds_are_as_far_off_as_a_real_servers(default_redis: Any, w
     assert len(both) > 0.9 * len(real.found)
     # A bin is 2 % wide; of many values in one the sketch knows how many there are, and the model which.
     assert np.quantile(np.abs(both["threshold"] / both["threshold_real"] - 1), 0.9) < 0.021
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "window_s", "bucket_s"),
+    [
+        *[("exact", None, 5_400, 3_600), ("topk", None, 86_400, 3_600), ("topk", 20, 5_400, 1_800)],
+        ("reservoir", 40, 5_400, 1_800),
+    ],
+)
+async def test_each_way_to_keep_percentiles_is_as_far_off_as_a_real_servers(
+    default_redis: Any, method: str, size: int | None, window_s: int, bucket_s: int
+) -> None:
+    events = liqlab.synth("normal", hours=2, symbols=5, rate_per_min=30, seed=3)
+    chosen = settings.load(
+        detector={"method": method, "size": size, "volume_usd": 0.0},
+        retention={"percentile_window_s": window_s, "percentile_bucket_s": bucket_s},
+    )
+    model = quality(sizing.prepare(events), chosen, 86_400)
+    done = await liqlab.ingest(
+        events, default_redis, settings=chosen, detector=Detector(default_redis, settings=chosen), expire=False
+    )
+    real = compare(done.alerts, model.fidelity.true, within_s=chosen.retention.cooldown_s)
+    assert len(real.found) > 20
+    assert np.nanmax(np.abs(model.errors)) > 5
+    if method != "reservoir":
+        columns = ["symbol", "side", "ts_ms", "notional", "threshold"]
+        pd.testing.assert_frame_equal(model.fidelity.found[columns], real.found[columns], check_dtype=False)
+        return
+    # Another draw: precision and recall differ by what as many alerts do by chance, at three standard deviations.
+    for name in ("precision", "recall"):
+        one, other = getattr(model.fidelity, name), getattr(real, name)
+        off = 3 * math.sqrt(2 * max(one * (1 - one), 0.01) / len(real.true))
+        assert abs(one - other) < off, name
+    assert len(model.fidelity.found) == pytest.approx(len(real.found), abs=3 * math.sqrt(2 * len(real.found)))
+
+
+@pytest.mark.parametrize(("size", "bucket_s"), [(30, 3_600), (100, 1_800)])
+async def test_a_sample_is_off_as_a_real_servers_is(default_redis: Any, size: int, bucket_s: int) -> None:
+    """Thresholds asked of both at the same moments: the medians of their errors, and how much they scatter."""
+    events = liqlab.synth("normal", hours=3, symbols=10, rate_per_min=120, seed=5)
+    chosen = settings.load(
+        detector={"method": "reservoir", "size": size, "volume_usd": 0.0, "percentile": 80.0, "refresh_s": 180},
+        retention={"percentile_window_s": 5_400, "percentile_bucket_s": bucket_s},
+    )
+    prepared = sizing.prepare(events)
+    asked = _Asked(prepared, chosen)
+    true = asked.thresholds(chosen, 5_400)
+    true[np.isinf(true)] = np.nan
+    model = asked.thresholds(chosen) / true
+    kept, columns = Reservoir(default_redis, settings=chosen), prepared.columns
+    minutes = columns.ts_ms // 60_000
+    real, done = np.full(len(model), np.nan), 0
+    for minute in np.unique((asked.end_ms + 1) // 60_000).tolist():
+        stop = int(np.searchsorted(minutes, minute))
+        await kept.add(columns.rows(slice(done, stop)))
+        done = stop
+        for at in np.flatnonzero(asked.end_ms + 1 == minute * 60_000).tolist():
+            found = await kept.distribution(columns.symbols[asked.symbol[at]], end_ms=int(asked.end_ms[at]))
+            real[at] = found.quantiles([0.8])[0] / true[at] if found.count >= 5 else np.nan
+    both = np.isfinite(real) & np.isfinite(model)
+    assert both.sum() > 300
+    spread = [np.std(np.log(one[both])) for one in (real, model)]
+    # Neighbouring moments share most of a sample: of 10 symbols and two windows 20 or so are independent, and the
+    # median of as many scatters by 0.4 spreads between two draws.
+    assert spread[1] == pytest.approx(spread[0], rel=0.5)
+    assert np.median(np.log(model[both])) == pytest.approx(np.median(np.log(real[both])), abs=spread[0])
+    assert spread[0] > 0.02
+
+
+def test_a_bucket_that_is_not_full_knows_every_value() -> None:
+    """Where a size is never reached, topk is exact, and a sample is but for the bucket that the window begins in."""
+    prepared = sizing.prepare(day(hours=3, symbols=5))
+
+    def found(**detector: Any) -> Any:
+        return quality(prepared, settings.load(detector={**detector, "volume_usd": 0.0}), 86_400)
+
+    exact, top, sample = (found(method=name, size=10_000) for name in ("exact", "topk", "reservoir"))
+    assert exact.error_pct == top.error_pct == sample.error_pct == 0
+    assert np.nanmax(np.abs(found(method="topk", size=10).errors)) > 5
+    assert np.nanmax(np.abs(found(method="reservoir", size=10).errors)) > 1
 
 
 def test_a_shorter_window_is_further_off() -> None:
@@ -164,7 +275,7 @@ async def test_history_is_what_a_cleaned_server_keeps(fresh_server: Callable[...
     model = evaluate(sizing.prepare(events), chosen)
     running = fresh_server(settings=chosen)
     async with running.connect() as redis:
-        done = (await verify(events, chosen, redis)).ingested
+        done = (await verify(events, chosen, redis)).replayed.ingested
     assert done.evicted == 0
     assert done.held < len(events)
     assert done.held / model.rate_per_h == pytest.approx(model.history_h, rel=0.15)
@@ -217,6 +328,34 @@ def test_a_sweep_is_what_evaluate_says_of_each() -> None:
         assert one.as_dict() == {name: row[name] for name in one.as_dict()}
 
 
+def test_a_sweep_tries_no_setting_twice() -> None:
+    """A size is tried of the methods that have one; the usual grid has over a thousand settings, of four methods."""
+    prepared = sizing.prepare(day(hours=0.3, symbols=4))
+    space = {"detector.method": ("logbins", "exact", "topk", "reservoir"), "detector.size": (100, 126, None)}
+    tried = sweep(prepared, space)
+    sizes = [None if one is pd.NA else one for one in tried["detector.size"]]
+    assert list(zip(tried["detector.method"], sizes, strict=True)) == [
+        *[("logbins", None), ("exact", None), ("topk", 100), ("topk", 126), ("reservoir", 100), ("reservoir", 126)],
+    ]
+    [few] = sweep(prepared, {"detector.size": (100, 126)})["detector.size"].tolist()
+    assert few is pd.NA  # of the usual method it says nothing
+    assert len(sweep(prepared, count=7)) == 7
+    every = _combinations(USUAL, settings.load(), None, 0)
+    assert len(every) == len({json.dumps(one) for one in every}) >= 1_000
+    assert {one["detector.method"] for one in every} == {"logbins", "exact", "topk", "reservoir"}
+    for one in every[:: len(every) // 50]:
+        assert setting(changed(settings.load(), one), "detector.size") == one["detector.size"]
+
+
+def test_a_digest_is_to_be_replayed() -> None:
+    chosen = settings.load(detector={"method": "tdigest"})
+    prepared = sizing.prepare(day(hours=0.1))
+    with pytest.raises(EventError, match=r"detector\.method is 'tdigest', .*liqlab replay"):
+        evaluate(prepared, chosen)
+    with pytest.raises(EventError, match="tdigest"):
+        sweep(prepared, {"detector.method": ("exact", "tdigest")})
+
+
 def test_a_sample_of_a_sweep_is_drawn_once() -> None:
     prepared = sizing.prepare(day(hours=0.5))
     some = sweep(prepared, SPACE, count=5, seed=4)
@@ -251,8 +390,35 @@ def test_a_sweep_goes_on_where_it_was_broken_off(tmp_path: Path, monkeypatch: py
 def test_workers_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("distributed", reason="pip install 'liqlab[dask]'")
     monkeypatch.setattr("liqlab.tuning.search._TOGETHER", 2)
-    prepared = sizing.prepare(day(hours=0.5))
-    pd.testing.assert_frame_equal(sweep(prepared, SPACE, workers=2), sweep(prepared, SPACE))
+    space = {**SPACE, "detector.method": ("logbins", "topk", "reservoir"), "detector.size": (20, 126)}
+    events = day(hours=0.5)
+    alone = sweep(sizing.prepare(events), space)
+    assert alone["threshold_error_pct"].nunique() > 3
+    pd.testing.assert_frame_equal(sweep(sizing.prepare(events), space, workers=2), alone)
+
+
+def test_what_settings_share_is_worked_out_once_whatever_is_left_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In rounds of no more than a feed remembers; of more, what is forgotten is made again, and is the same."""
+    prepared, made = sizing.prepare(day(hours=0.5)), list[str]()
+    once = prepared.once
+
+    def counted(key: Any, make: Any, **options: Any) -> Any:
+        return once(key, lambda: (made.append(str(key)), make())[1], **options)
+
+    monkeypatch.setattr(prepared, "once", counted)
+    monkeypatch.setattr("liqlab.tuning.search._TOGETHER", 2)
+    tried = sweep(prepared, SPACE)
+    assert len(made) == len(set(made)) > 20
+    monkeypatch.setattr("liqlab.tuning.search._AT_ONCE", 14)
+    monkeypatch.setattr(sys.modules["liqlab.sizing.prepare"], "REMEMBERED", 20)
+    again = sizing.prepare(day(hours=0.5))
+    assert len(list(_rounds(again, settings.load(), None, {0: [{}], 1: [{"retention.hot_s": 60}], 2: [{}]}))) == 1
+    pd.testing.assert_frame_equal(sweep(again, SPACE), tried)
+    parts = {at: [{"retention.hot_s": 60 + at, "retention.vwap_s": 60 + at}] for at in range(9)}
+    rounds = list(_rounds(again, settings.load(), None, parts))
+    assert [at for taken, _ in rounds for at in taken] == list(range(9))
+    assert 1 < len(rounds) < 9
+    assert all(sum(map(len, groups)) <= 14 for _, groups in rounds)
 
 
 def test_a_sweep_refuses_what_is_no_setting() -> None:
@@ -307,9 +473,9 @@ async def test_a_recommendation_holds_on_a_real_server(feed: str) -> None:
             known = await sizing.calibrate(redis)
             done = await verify(found.events, found.settings, redis, calibration=known, window_s=found.window_s)
     assert done.fits
-    assert done.ingested.evicted == 0
+    assert done.replayed.ingested.evicted == 0
     assert done.table.loc["recall", "measured"] >= 0.97
-    if done.ingested.held == len(found.events):  # else cleanup, which is not predicted, kept the streams in their share
+    if done.replayed.ingested.held == len(found.events):  # else cleanup kept the streams in their share
         assert abs(done.table.loc["used_memory", "off_pct"]) < 5
 
 
@@ -333,6 +499,34 @@ def test_fitted_shares_buy_history() -> None:
     assert fitted.settings.budget.buffer == fixed.settings.budget.buffer
     assert fitted.outcome.history_h > 1.2 * fixed.outcome.history_h
     assert fitted.holds
+
+
+def test_the_way_to_keep_percentiles_is_recommended_too() -> None:
+    """Within 10 % of dense history, where sets of all values exceed their share: the sketches."""
+    events = liqlab.synth("normal", hours=3, symbols=12, rate_per_min=120, seed=5)
+    base = settings.load(detector={"method": "exact"}, retention={"percentile_window_s": 7_200})
+    space = {"detector.method": ("logbins", "exact", "topk", "reservoir"), "detector.size": (126, 1_000)}
+    found = recommend(events, base, Constraints(maxmemory=8 << 20, error_pct=10, recall=0.9), space=space)
+    assert found.holds
+    assert found.settings.detector.method == "logbins"
+    assert found.settings.detector.size is None
+    exact = found.tried.set_index("detector.method").loc["exact"]
+    assert not exact["holds"]
+    assert exact["binds"] == "percentile"
+    by_size = found.tried.set_index(["detector.method", "detector.size"])["threshold_error_pct"]
+    assert by_size["topk", 126] > by_size["reservoir", 126] > by_size["reservoir", 1_000] > 0
+
+
+async def test_a_recommended_sample_is_verified(fresh_server: Callable[..., Server]) -> None:
+    chosen = settings.load(detector={"method": "reservoir", "size": 60}, writer={"block_bytes": 8192})
+    events = liqlab.synth("normal", hours=1, symbols=12, rate_per_min=60, seed=5)
+    running = fresh_server(settings=chosen)
+    async with running.connect() as redis:
+        done = await verify(events, chosen, redis, calibration=await sizing.calibrate(redis))
+    assert done.fits
+    assert "sketch bytes" not in done.table.index
+    assert abs(done.table.loc["percentile bytes", "off_pct"]) < 5
+    assert abs(done.table.loc["used_memory", "off_pct"]) < 5
 
 
 def test_what_cannot_be_is_said_with_what_binds() -> None:

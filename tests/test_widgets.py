@@ -34,7 +34,7 @@ def test_every_value_of_every_knob_is_what_evaluate_says(events: sizing.Prepared
         for value in list(values.values())[:2]:
             panel.knobs[name].value = value
             section, field = name.split(".")
-            assert getattr(getattr(panel.settings, section), field) == value
+            assert getattr(getattr(panel.settings, section), field) == (value or None)  # a slider has no None
             assert panel.note.value == ""
     expected = evaluate(events, panel.settings, window_s=settings.load().retention.percentile_window_s)
     assert panel.outcome.as_dict() == expected.as_dict()
@@ -58,6 +58,22 @@ def test_a_value_of_ones_own_is_a_value_of_the_knob(events: sizing.Prepared) -> 
     assert panel.knobs["retention.hot_s"].value == 777
     values = [value for _, value in panel.knobs["retention.hot_s"].options]
     assert values == sorted(values)
+
+
+def test_percentiles_are_a_menu_and_their_size_a_slider(events: sizing.Prepared, panel: TuningPanel) -> None:
+    base = panel.outcome.as_dict()
+    panel.knobs["detector.size"].value = 20
+    assert panel.outcome.as_dict() == base  # of log bins it says nothing
+    panel.knobs["detector.method"].value = "topk"
+    few = panel.outcome.as_dict()
+    assert few["threshold_error_pct"] > 10 * base["threshold_error_pct"]
+    assert few["percentile_bytes"] != base["percentile_bytes"]
+    panel.knobs["detector.size"].value = 100
+    assert panel.outcome.as_dict()["percentile_bytes"] > few["percentile_bytes"]
+    panel.reset.click()
+    assert panel.settings == settings.load()
+    own = widgets.panel(events, changed(settings.load(), {"detector.method": "reservoir", "detector.size": 33}))
+    assert own.knobs["detector.size"].value == 33
 
 
 def test_pinned_settings_are_drawn_beside(panel: TuningPanel) -> None:

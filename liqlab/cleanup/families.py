@@ -191,7 +191,9 @@ async def empty_streams(redis: Redis, shard: int | None, *, dry_run: bool) -> Fr
     return Freed(len(idle), 0, "streams of symbols that are silent" if idle else "")
 
 
-async def buckets(redis: Redis, name: str, excess: float, each: float, oldest_ms: int, *, dry_run: bool) -> Freed:
+async def buckets(
+    redis: Redis, name: str, settings: Settings, excess: float, each: float, oldest_ms: int, *, dry_run: bool
+) -> Freed:
     """Remove the oldest keys of a family that has one key a bucket of time.
 
     Parameters
@@ -205,12 +207,12 @@ async def buckets(redis: Redis, name: str, excess: float, each: float, oldest_ms
     oldest_ms : int
         Keys whose bucket ended before that time go in any case.
     """
-    family = schema.BY_NAME[name]
-    ages: list[tuple[int, bytes]] = []
+    family, ages = schema.BY_NAME[name], list[tuple[int, bytes]]()
+    width_ms = family.width_ms(settings)
     async for key in redis.scan_iter(match=f"{family.pattern.split(':')[0]}:*", count=_PAGE):
         end = key.rpartition(b":")[2]
         if end.isdigit():
-            ages.append(((int(end) + 1) * family.bucket_ms, key))
+            ages.append(((int(end) + 1) * width_ms, key))
     ages.sort()
     due = sum(1 for end_ms, _ in ages if end_ms <= oldest_ms)
     count = max(due, min(math.ceil(max(excess, 0) / max(each, 1)), len(ages)))

@@ -50,7 +50,7 @@ def detect(
     unit: Unit = None,
     tz: Zone = None,
     redis: Url = None,
-    method: Annotated[str, typer.Option(help="Where percentiles come from; see docs/percentiles.md.")] = "logbins",
+    method: MethodName = None,
     options: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -58,16 +58,17 @@ def detect(
 
     Example: liqlab detect --feed data/cascade-1h.jsonl.gz --set detector.percentile=99
     """
+    from liqlab.percentiles import METHODS
+
     chosen = chosen_settings(options)
+    known(method := method or chosen.detector.method, METHODS)
     if not feeds and not feed:
         with suppress(KeyboardInterrupt):
             asyncio.run(_follow(redis, chosen, method, as_json))
         return
 
     from liqlab.fidelity import fidelity
-    from liqlab.percentiles import METHODS
 
-    known(method, METHODS)
     recorded = read(paths(feeds, feed), chosen, form, symbol, exchange, columns, unit, tz)
 
     async def run(client: Redis) -> Fidelity:
@@ -90,6 +91,11 @@ def detect(
     )
     if len(done.differing):
         screen.print(_differing(done.differing))
+
+
+MethodName = Annotated[
+    str | None, typer.Option(help="Where percentiles come from: docs/percentiles.md; detector.method if absent.")
+]
 
 
 @on_feed
@@ -133,7 +139,7 @@ def quantiles(
 def replay(
     recorded: Any,
     chosen: Settings,
-    method: Annotated[str, typer.Option(help="Where percentiles come from; see docs/percentiles.md.")] = "logbins",
+    method: MethodName = None,
     percentile: Annotated[
         list[float] | None, typer.Option(help="To compare with the exact one; 95 by default.")
     ] = None,
@@ -147,7 +153,7 @@ def replay(
     from liqlab.fidelity import replay as play
     from liqlab.percentiles import METHODS
 
-    known(method, METHODS)
+    known(method := method or chosen.detector.method, METHODS)
     asked = percentile or [95.0]
     if wrong := [one for one in asked if not 0 < one < 100]:
         raise typer.BadParameter(f"{wrong[0]:g} is not between 0 and 100", param_hint="--percentile")
@@ -173,7 +179,7 @@ async def _follow(url: str | None, chosen: Settings, method: str, as_json: bool)
     from liqlab.detector import Detector
     from liqlab.percentiles import METHODS
 
-    known(method, {name: made for name, made in METHODS.items() if made.written})
+    known(method, [name for name in METHODS if name != "unlimited"])
     async with server.connect(url, settings=chosen) as client:
         detector = Detector(client, method=METHODS[method](client, settings=chosen), settings=chosen)
         await client.ping()

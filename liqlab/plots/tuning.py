@@ -181,5 +181,5 @@ def pareto_front(tried: pd.DataFrame, front: pd.DataFrame) -> go.Figure:
 
 
 def _words(row: Any) -> str:
-    words = [f"{name.rpartition('.')[2]} {value}" for name, value in row.items() if "." in name]
+    words = [f"{name.rpartition('.')[2]} {value}" for name, value in row.items() if "." in name and value is not pd.NA]
     return "<br>".join(words) + f"<br>thresholds off {row['threshold_error_pct']:.2f} %"

@@ -27,6 +27,7 @@ from liqlab.detector import Alert, Detector
 from liqlab.detector import table as alert_table
 from liqlab.events import Columns, EventError, check, run_starts
 from liqlab.feeds import Feed
+from liqlab.percentiles import METHODS
 from liqlab.replay.clockwork import Expiry, Rounds, Seals
 from liqlab.settings import Journal, Settings, load
 from liqlab.writer import Writer
@@ -171,6 +172,7 @@ async def ingest(
             *times.searchsorted([*(expiry.cuts if expire else ()), *asked]).tolist(),
         ]
     )
+    method = detector.method if detector else METHODS[settings.detector.method](redis, settings=settings)
     rows, volume = await detector.candidates(columns) if detector else (np.empty(0, np.intp), np.empty(0))
     place = 0  # of the first candidate that was not judged
 
@@ -212,8 +214,8 @@ async def ingest(
             await seals.run(stop)
         if expire:
             await expiry.run(redis, now_ms if stop < total else max(last_ms, until_ms or 0))
-        if detector and not detector.method.written:
-            await detector.method.add(columns.rows(slice(start, stop)))
+        if not method.written:
+            await method.add(columns.rows(slice(start, stop)))
         while visit and asked and (asked[0] <= now_ms or stop == total):
             await visit(asked.pop(0))
         if stop < total:

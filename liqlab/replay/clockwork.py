@@ -24,6 +24,7 @@ _UNLINK: Final = 500
 _GROWN: Final = 2_000  # bytes that an event adds at most, in the mean
 _CLOSE: Final = 0.8  # of a share
 _SHORT_MS: Final = 100
+_CALM_MS: Final = 30 * clock.MINUTE_MS
 _SEAL_MS: Final = 5 * clock.MINUTE_MS
 _NEARLY: Final = 0.85  # of the events of the last blocks: none differs by more from those before it
 _NEVER: Final = np.iinfo(np.int64).max // 2
@@ -43,6 +44,8 @@ class Rounds:
         self.events = 0  # removed
         self.room = 0  # events that may be written before the next look
         self.sealed_ms = 0  # up to when all is sealed
+        self._again_ms = 0  # until when families need not be measured
+        self._fills = 0.0  # as long as `used_memory` is below
         self._cleaner = cleaner
         self._redis = redis
 
@@ -53,10 +56,20 @@ class Rounds:
         return [] if self.room > 0 else self._counted(await self._cleaner.trim(now_ms))
 
     async def check(self, now_ms: int) -> list[Action]:
-        """Run `Cleaner.check`."""
+        """Run `Cleaner.check`, up to half an hour later where what has come since could not exceed a share."""
         budget = self.settings.budget
         calm = await self._left(min(budget.statistics, budget.percentile)) > 0
-        return [] if calm else self._counted(await self._cleaner.check(now_ms))
+        if calm or (now_ms < self._again_ms and int((await self._redis.info("memory"))["used_memory"]) < self._fills):
+            return []
+        done = self._counted(await self._cleaner.check(now_ms))
+        if self._cleaner.measured:
+            table = self._cleaner.measured.table.loc[["statistics", "percentile"]]
+            used = int((await self._redis.info("memory"))["used_memory"])
+            self._fills, self._again_ms = (
+                used + float((table["budget_bytes"] - table["bytes"]).min()),
+                now_ms + _CALM_MS,
+            )
+        return done
 
     async def compact(self, now_ms: int) -> list[Action]:
         """Run `Cleaner.compact`."""
@@ -154,7 +167,8 @@ class Expiry:
         streams = [("events", True)] * (layout != "shared") + [("events", False)] * (layout != "per_symbol")
         # Of each kind of key: family, and the name of each symbol's, but for the bucket.
         kinds: list[tuple[str, bool]] = [*streams, ("blocks", False), ("unique_symbols", False)]
-        kinds += [("vwap", True), ("sketch", True), *((name, True) for name in WIDTHS.values())]
+        kept = "sketch" if settings.detector.method == "logbins" else "percentile"
+        kinds += [("vwap", True), (kept, True), *((name, True) for name in WIDTHS.values())]
         shortest = min([self._ttl_ms[name] for name, _ in kinds])
         self.step_ms = clock.MINUTE_MS if shortest >= clock.MINUTE_MS else _SHORT_MS
         self._kinds: list[tuple[str, list[str]]] = []
@@ -165,7 +179,7 @@ class Expiry:
         for kind, (name, own) in enumerate(kinds):
             family, order = schema.BY_NAME[name], by_symbol if own else by_shard
             owner, ts_ms = (events.symbol if own else shard)[order], events.ts_ms[order]
-            width_ms = family.bucket_ms if own else 0
+            width_ms = family.width_ms(settings) if own else 0
             bucket = ts_ms // width_ms if width_ms else np.zeros(len(ts_ms), np.int64)
             heads = [
                 (family.head if width_ms else family.key)(symbol, shard=number) if own else family.key(shard=number)

@@ -14,6 +14,8 @@ them through time. What is not covered:
 * What a cleaner, a detector or the server's own eviction does: only writer, sealing and TTLs.
 * Events that come late, and the other strategies of the writer.
 * XTRIM's limit of 100 nodes a call: a stream that grows faster than it is trimmed is longer than predicted.
+* `tdigest`, whose module keeps digests outside of `used_memory`. What other methods than `logbins` keep is there when
+  a detector fills it.
 * Of `used_memory`: buffers of clients, and the garbage of scripts, which is in `Predicted.error_bytes`.
 """
 

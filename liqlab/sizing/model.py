@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -11,8 +12,10 @@ import pandas as pd
 from liqlab.candles import WIDTHS
 from liqlab.events import EventError
 from liqlab.feeds import Feed
+from liqlab.percentiles import METHODS
 from liqlab.settings import Settings, load
 from liqlab.sizing import families, sketches
+from liqlab.sizing.buckets import sorted_sets
 from liqlab.sizing.events import events as events_of
 from liqlab.sizing.families import Family
 from liqlab.sizing.prepare import Prepared, prepare
@@ -143,7 +146,8 @@ def predict(
     events : Feed, pandas.DataFrame or Prepared
         What is asked about more than once should be prepared, by `liqlab.sizing.prepare`.
     settings : Settings, optional
-        `writer`, `retention`, `server` and `shards` are read; `liqlab.settings.load()` when absent.
+        `writer`, `retention`, `server`, `shards` and how percentiles are kept are read; `liqlab.settings.load()` when
+        absent.
     calibration : Calibration, optional
         From `calibrate`; by the sources of Redis 8.2 when absent.
     step : str
@@ -161,7 +165,7 @@ def predict(
     Raises
     ------
     EventError
-        There is no event.
+        There is no event, or `writer.strategy` or `detector.method` is one that cannot be predicted.
     ValueError
         The step is none.
     """
@@ -170,6 +174,11 @@ def predict(
     prepared, settings, calibration = prepare(events), settings or load(), calibration or Calibration()
     if settings.writer.strategy != "script":
         raise EventError(f"writer.strategy is {settings.writer.strategy!r}; only what `script` writes can be predicted")
+    if settings.detector.method == "tdigest":
+        raise EventError(
+            "detector.method is 'tdigest', which cannot be predicted: its module keeps digests outside of what the"
+            " server counts, and merges them as events happen to come; play it with `liqlab replay --method tdigest`"
+        )
     layout, rows = calibration.layout, prepared.rows
     # Batches then wait one behind the other.
     crowded = int(np.diff(prepared.stop, prepend=0).max()) > settings.writer.bulk_events
@@ -190,14 +199,15 @@ def predict(
     }
     last = np.append(np.flatnonzero(np.diff(prepared.start_ms // _STEPS[step])), rows - 1)
     index = pd.Index(prepared.start_ms[last] // _STEPS[step] * _STEPS[step], name="ts_ms")
+    there = [name for name, keys in count.items() if keys[-1] > 0]
     table = pd.DataFrame(
         {
-            "keys": {name: int(keys[-1]) for name, keys in count.items()},
-            "members": {name: part.members for name, part in parts.items()},
-            "bytes": {name: round(size[-1]) for name, size in sizes.items()},
-        }
-    ).rename_axis("family")
-    table = table[table["keys"] > 0]
+            "keys": [int(count[name][-1]) for name in there],
+            "members": [parts[name].members for name in there],
+            "bytes": [round(sizes[name][-1]) for name in there],
+        },
+        index=pd.Index(there, name="family", dtype=object),
+    )
     return Predicted(
         families=pd.DataFrame({name: size[last] for name, size in sizes.items()}, index),
         table=table,
@@ -208,39 +218,58 @@ def predict(
     )
 
 
+def makers(
+    prepared: Prepared, settings: Settings, layout: Layout, *, exact: bool = False, cleaned: bool = False
+) -> dict[str, tuple[tuple[Hashable, ...], Callable[[], Any]]]:
+    """Return of every family what it depends on, which is the key that it is remembered under, and what makes it.
+
+    Under ``events`` are the streams, hot and sealed.
+    """
+    retention, writer, shards = settings.retention, settings.writer, settings.shards
+    method, window = settings.detector.method, (retention.percentile_window_s, retention.percentile_bucket_s)
+    found: dict[str, tuple[tuple[Hashable, ...], Callable[[], Any]]] = {
+        "events": (
+            (
+                "events", layout, exact, cleaned and settings.cleanup.compact_s, shards, writer.layout, writer.codec,
+                writer.block_codec, writer.block_bytes,
+                (writer.hybrid_events, writer.bulk_events) if writer.layout == "hybrid" else 0,
+                settings.server.stream_node_max_bytes, settings.server.stream_node_max_entries, retention.hot_s,
+                retention.events_s, retention.events_maxlen, retention.shared_maxlen,
+            ),
+            lambda: events_of(prepared, settings, layout, exact=exact, cleaned=cleaned),
+        ),
+        "names": (("names", layout, shards), lambda: families.names(prepared, settings, layout)),
+        "vwap": (("vwap", layout, shards, retention.vwap_s), lambda: families.vwap(prepared, settings, layout)),
+        "unique_symbols": (
+            ("unique", layout, shards, retention.unique_symbols_s),
+            lambda: families.unique_symbols(prepared, settings, layout),
+        ),
+    }  # fmt: skip
+    if method == "logbins":
+        found["sketch"] = (
+            ("sketch", layout, shards, *window, writer.bulk_events),
+            lambda: sketches.sketch(prepared, settings, layout),
+        )
+    else:
+        found["percentile"] = (
+            ("percentile", layout, shards, *window, method, METHODS[method].size(settings)),
+            lambda: sorted_sets(prepared, settings, layout),
+        )
+    for name in WIDTHS.values():
+        found[name] = (
+            (name, layout, shards, getattr(retention, f"{name}_s"), writer.candles, writer.bulk_events),
+            lambda name=name: families.candle(name, prepared, settings, layout),  # type: ignore[misc]
+        )
+    return found
+
+
 def _parts(
     prepared: Prepared, settings: Settings, layout: Layout, exact: bool, cleaned: bool
 ) -> tuple[dict[str, Family], dict[str, Any]]:
-    """Return every family, each remembered under what it depends on."""
-    retention, writer, shards = settings.retention, settings.writer, settings.shards
-    found = prepared.once(
-        (
-            "events", layout, exact, cleaned and settings.cleanup.compact_s, shards, writer.layout, writer.codec,
-            writer.block_codec, writer.block_bytes,
-            (writer.hybrid_events, writer.bulk_events) if writer.layout == "hybrid" else 0,
-            settings.server.stream_node_max_bytes, settings.server.stream_node_max_entries, retention.hot_s,
-            retention.events_s, retention.events_maxlen, retention.shared_maxlen,
-        ),
-        lambda: events_of(prepared, settings, layout, exact=exact, cleaned=cleaned),
-    )  # fmt: skip
-    parts = {"events": found.hot, "blocks": found.blocks}
-    parts["names"] = prepared.once(("names", layout, shards), lambda: families.names(prepared, settings, layout))
-    parts["vwap"] = prepared.once(
-        ("vwap", layout, shards, retention.vwap_s), lambda: families.vwap(prepared, settings, layout)
-    )
-    parts["sketch"] = prepared.once(
-        ("sketch", layout, shards, retention.percentile_window_s, retention.percentile_bucket_s, writer.bulk_events),
-        lambda: sketches.sketch(prepared, settings, layout),
-    )
-    for name in WIDTHS.values():
-        ttl = getattr(retention, f"{name}_s")
-        parts[name] = prepared.once(
-            (name, layout, shards, ttl, writer.candles, writer.bulk_events),
-            lambda name=name: families.candle(name, prepared, settings, layout),  # type: ignore[misc]
-        )
-    parts["unique_symbols"] = prepared.once(
-        ("unique", layout, shards, retention.unique_symbols_s),
-        lambda: families.unique_symbols(prepared, settings, layout),
-    )
+    """Return every family, and the events held; each remembered under what it depends on."""
+    made = makers(prepared, settings, layout, exact=exact, cleaned=cleaned)
+    found = {name: prepared.once(key, make) for name, (key, make) in made.items()}
+    streams = found.pop("events")
+    parts = {"events": streams.hot, "blocks": streams.blocks, **found}
     parts["writer"] = families.writer(prepared, settings, layout)
-    return parts, {"hot": found.in_hot, "sealed": found.in_blocks}
+    return parts, {"hot": streams.in_hot, "sealed": streams.in_blocks}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from liqlab.schema import shard_of
 from liqlab.sizing.structures import Floats, Ints, listpack_int, listpack_text
 
 T = TypeVar("T")
-_REMEMBERED, _LARGE = 256, 12  # results: arrays of a value a minute; and of several an event
+REMEMBERED, _LARGE = 256, 12  # results: arrays of a value a minute; and of several an event
 
 
 class Prepared:
@@ -75,10 +75,15 @@ class Prepared:
         """
         results = self._results[large]
         found: T = results.pop(key) if key in results else make()
-        while len(results) >= (_LARGE if large else _REMEMBERED):
+        while len(results) >= (_LARGE if large else REMEMBERED):
             del results[next(iter(results))]
         results[key] = found  # the last one used is the last one to go
         return found
+
+    def learn(self, results: Mapping[Hashable, Any]) -> None:
+        """Remember what another one of the same feed has worked out, under the keys of `once`."""
+        for key, found in results.items():
+            self.once(key, lambda found=found: found)  # type: ignore[misc]
 
     def row_at(self, ms: Ints) -> Ints:
         """Return the first event-minute that begins at a time or after it; m where there is none."""

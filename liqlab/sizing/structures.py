@@ -20,8 +20,10 @@ Bools = NDArray[np.bool_]
 PREALLOCATED: Final = 4096  # t_stream.c, STREAM_LISTPACK_MAX_PRE_ALLOCATE
 LISTPACK: Final = 7  # listpack.c: a header of 6 bytes and an end byte
 MAX_LISTPACK_VALUE: Final = 64  # hash-max-listpack-value, as liqlab.config sets it
+MAX_LISTPACK_MEMBERS: Final = 128  # zset-max-listpack-entries, as liqlab.config sets it
 MAX_LIST_NODE: Final = 8192  # list-max-listpack-size -2
 LEAF: Final = 16  # rax.c: a node without children, with a value
+_LEVELS: Final = 32  # server.h, ZSKIPLIST_MAXLEVEL
 _BUCKET: Final = 7  # entries of a bucket of Valkey's hashtable.c
 
 
@@ -149,6 +151,10 @@ class Layout:
         sparse = 0.13 if self.valkey else (0.1 if self.separate else 0.125)
         result, now = np.zeros(len(most), np.int64), 0
         wanted = np.maximum(_power_of_two(-(-np.stack([least, most]) // each)), fewest)
+        grown = np.maximum.accumulate(np.where(most > 0, wanted[1], 0))
+        before = np.append(0, grown[:-1])
+        if not ((before > fewest) & (least < sparse * before * each)).any():
+            return grown  # most never shrink
         for row, (low, high, less, more) in enumerate(
             zip(*np.stack([least, most]).tolist(), *wanted.tolist(), strict=True)
         ):
@@ -170,6 +176,39 @@ class Layout:
         if self.valkey:
             return self.alloc(80) + self.alloc(64 * _power_of_two(-(-fields // _BUCKET)))
         return self.alloc(56) + self.alloc(8 * np.maximum(_power_of_two(fields), 4))
+
+    def member(self, name: ArrayLike) -> Any:
+        """Return the bytes of one member of a large sorted set, without its slot, in the mean of its node's heights.
+
+        `t_zset.c`: a node of score, way back and 16 bytes a level, of which each has another in a quarter of cases; in
+        Redis the name and an entry of the table are apart from it, in Valkey the name is within.
+        """
+        text = sds(name)
+        levels = np.arange(1, _LEVELS + 1)
+        share = 0.75 * 0.25 ** (levels - 1.0)
+        if self.valkey:
+            return (self.alloc(16 + 16 * levels + 1 + np.asarray(text)[..., None]) * share).sum(axis=-1)
+        return self.alloc(text) + self.alloc(24) + float((self.alloc(24 + 16 * levels) * share).sum())
+
+    def sorted_set(self, members: ArrayLike, added: ArrayLike) -> Any:
+        """Return the bytes of a large sorted set (`server.h`, `t_zset.c`) with its table, without its members.
+
+        `dict.c`: a table that has doubled moves over two used slots with each member that is added, and of a full one
+        the part 1 - 1 / e is used; until that is done it is there too. From 7.2 on a sorted set that is converted gets
+        its table at once.
+
+        Parameters
+        ----------
+        members, added : array_like of int
+            The most that it has held at once; all that ever came.
+        """
+        members, added = np.asarray(members, np.int64), np.asarray(added, np.int64)
+        head = self.alloc(16) + self.alloc(32) + self.alloc((16 if self.valkey else 24) + 16 * _LEVELS)
+        if self.valkey:
+            return head + self.alloc(80) + self.table(members, _power_of_two(-(-members // _BUCKET)))
+        before = _power_of_two(members) // 2
+        moving = (added < (1.5 - 0.5 / np.e) * before) & (self.separate | (before > MAX_LISTPACK_MEMBERS))
+        return head + self.hash_table(members) + np.where(moving, self.alloc(8 * before), 0)
 
     @property
     def stream(self) -> int:

@@ -1,12 +1,14 @@
 """What retention does to thresholds and alerts, without a server: the detector over a whole feed at once.
 
-`liqlab.fidelity` plays a feed through the real system instead. This is the same detector in numpy, on the sketches'
-windows: whole buckets, and of the first one as much as is likely to lie in the window.
+`liqlab.fidelity` plays a feed through the real system instead. This is the same detector in numpy, on what
+`liqlab.tuning.kept` says that a window is known to hold.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -15,10 +17,11 @@ import pandas as pd
 from liqlab.detector import large, volumes
 from liqlab.events import SIDES, run_starts
 from liqlab.fidelity import Fidelity, compare
-from liqlab.quantiles import represented
+from liqlab.percentiles import METHODS
 from liqlab.settings import Settings
 from liqlab.sizing import Prepared
-from liqlab.tuning.ranges import Floats, Ints, RangeQuantiles
+from liqlab.tuning.kept import Windows
+from liqlab.tuning.ranges import Floats, Ints
 
 _CERTAIN: Final = 95  # per cent of the thresholds that are within `Quality.error_pct`
 
@@ -41,11 +44,16 @@ class Quality:
     errors: Floats
     fidelity: Fidelity
 
-    @property
+    @cached_property
     def error_pct(self) -> float:
         """How far a threshold is off, per cent, in 95 of 100 cases; NaN where none was asked for."""
         known = np.abs(self.errors[np.isfinite(self.errors)])
         return float(np.percentile(known, _CERTAIN, method="inverted_cdf")) if len(known) else float("nan")
+
+    @cached_property
+    def shares(self) -> tuple[float | None, float | None]:
+        """Precision and recall of the alerts."""
+        return self.fidelity.precision, self.fidelity.recall
 
     def through_time(self, step_ms: int = 3_600_000) -> pd.DataFrame:
         """Return of each step of time ts_ms, and the median and the 95th percentile of the errors' sizes, per cent."""
@@ -63,25 +71,39 @@ def quality(prepared: Prepared, settings: Settings, window_s: int) -> Quality:
     prepared : Prepared
         From `liqlab.sizing.prepare`.
     settings : Settings
-        `detector` and `retention` are read.
+        `detector` and `retention` are read; `predict` says which methods are none of its own.
     window_s : int
         Of which trailing window thresholds should be; exact history has it whole, and every value of it.
     """
-    detector, retention = settings.detector.model_dump_json(), settings.retention
-    window = retention.percentile_window_s, retention.percentile_bucket_s
+    return prepared.once(quality_key(settings, window_s), lambda: compared(prepared, settings, window_s))
 
-    def compared() -> Quality:
-        asked = prepared.once(("asked", detector), lambda: _Asked(prepared, settings), large=True)
-        true = prepared.once(("true", detector, window_s), lambda: asked.thresholds(settings, window_s), large=True)
-        found = asked.thresholds(settings)
-        errors = np.full(len(true), np.nan)
-        known = np.isfinite(true)
-        errors[known] = 100 * (found[known] / true[known] - 1)
-        errors[np.isinf(errors)] = 100.0  # no threshold where there should be one
-        alerts = [asked.alerts(thresholds, settings) for thresholds in (found, true)]
-        return Quality(asked.end_ms, errors, compare(*alerts, within_s=retention.cooldown_s))
 
-    return prepared.once(("quality", *window, retention.cooldown_s, detector, window_s), compared)
+def compared(prepared: Prepared, settings: Settings, window_s: int) -> Quality:
+    """Return what `quality` remembers."""
+    detector, cooldown_s = _asks(settings), settings.retention.cooldown_s
+    asked = prepared.once(("asked", detector), lambda: _Asked(prepared, settings), large=True)
+    true = prepared.once(("true", detector, window_s), lambda: asked.thresholds(settings, window_s), large=True)
+    found = asked.thresholds(settings)
+    errors = np.full(len(true), np.nan)
+    known = np.isfinite(true)
+    errors[known] = 100 * (found[known] / true[known] - 1)
+    errors[np.isinf(errors)] = 100.0  # no threshold where there should be one
+    true_alerts = prepared.once(("true alerts", detector, window_s, cooldown_s), lambda: asked.alerts(true, settings))
+    alerts = compare(asked.alerts(found, settings), true_alerts, within_s=cooldown_s)
+    return Quality(asked.end_ms, errors, alerts)
+
+
+def quality_key(settings: Settings, window_s: int) -> tuple[Hashable, ...]:
+    """Return what `quality` depends on, of one feed."""
+    retention, method = settings.retention, settings.detector.method
+    bucket_s = 0 if method == "exact" else retention.percentile_bucket_s  # which says nothing there
+    kept = (method, METHODS[method].size(settings), retention.percentile_window_s, bucket_s)
+    return ("quality", *kept, retention.cooldown_s, _asks(settings), window_s)
+
+
+def _asks(settings: Settings) -> str:
+    """Return what decides which thresholds a detector asks for."""
+    return settings.detector.model_dump_json(exclude={"method", "size"})
 
 
 class _Asked:
@@ -97,7 +119,7 @@ class _Asked:
 
     def __init__(self, prepared: Prepared, settings: Settings) -> None:
         columns, detector = prepared.columns.rows(prepared.order), settings.detector
-        self._prepared, self._columns = prepared, columns
+        self._columns = columns
         volume = volumes(prepared.columns, 1000 * detector.volume_s)[prepared.order]
         self._likely = large(columns, volume, detector)
         symbol = columns.symbol.astype(np.int64)
@@ -109,39 +131,18 @@ class _Asked:
         self.symbol, self.end_ms = self.pair // span, (self.pair % span + first) * every_ms - 1
         self._origin = int(columns.ts_ms.min())
         self._span = int(columns.ts_ms.max()) - self._origin + 2
-        self._where = symbol * self._span + columns.ts_ms - self._origin
-
-    def _up_to(self, ms: Ints) -> Ints:
-        """Return how many events, in the order of symbols, lie before the first one of the symbol after a time."""
-        inside = np.clip(ms - self._origin, -1, self._span - 1)
-        found: Ints = np.searchsorted(self._where, self.symbol * self._span + inside, side="right").astype(np.int64)
-        return found
+        self._windows = Windows(prepared, self.symbol, self.end_ms)
 
     def thresholds(self, settings: Settings, exact_s: int | None = None) -> Floats:
         """Return the threshold of each pair, USD, shape (k,); infinite where the window has too few events for one.
 
-        As the sketches have it, or of every value in the last `exact_s` seconds.
+        As `detector.method` has it, or of every value in the last `exact_s` seconds.
         """
         if not len(self.pair):
             return np.empty(0)
-        ranges = self._prepared.once("ranges", lambda: RangeQuantiles(self._columns.notional), large=True)
-        percentile, retention = settings.detector.percentile, settings.retention
-        first_ms = self.end_ms - 1000 * (exact_s or retention.percentile_window_s)
-        stop = self._up_to(self.end_ms)
-        if exact_s:
-            start = middle = self._up_to(first_ms)
-            part = np.ones(len(start))
-        else:
-            bucket_ms, times = 1000 * retention.percentile_bucket_s, self._columns.ts_ms
-            begin_ms = (first_ms + 1) // bucket_ms * bucket_ms
-            start, middle = self._up_to(begin_ms - 1), np.minimum(self._up_to(begin_ms + bucket_ms - 1), stop)
-            opens, closes = times[np.minimum(start, len(times) - 1)], times[np.maximum(middle - 1, 0)] + 1
-            part = np.clip((closes - np.maximum(opens, first_ms + 1)) / np.maximum(closes - opens, 1), 0, 1)
-        found, weight = ranges.quantiles(start, middle, stop, part, percentile / 100)
-        enough = weight * (100 - percentile) >= 100  # else the percentile is the largest of them, or none
-        found[~enough] = np.inf
-        if not exact_s:
-            found[enough] = represented(found[enough])
+        percentile, window_s = settings.detector.percentile, exact_s or settings.retention.percentile_window_s
+        found, weight = self._windows.quantiles(settings, window_s, percentile / 100, exact=exact_s is not None)
+        found[weight * (100 - percentile) < 100] = np.inf  # the percentile is the largest of them, or none
         return found
 
     def alerts(self, thresholds: Floats, settings: Settings) -> pd.DataFrame:

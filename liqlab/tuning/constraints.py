@@ -183,7 +183,8 @@ def _fitted(outcome: Outcome) -> dict[str, float]:
 
 def _best(tried: pd.DataFrame, excess: pd.Series, base: Settings, names: list[str]) -> Any:
     """Return the index of the row to take."""
-    others = sum((tried[name] != setting(base, name)).astype(int) for name in names)
+    own = {name: setting(base, name) for name in names}
+    others = sum((tried[name] != own[name]).fillna(False).astype(int) for name in names if own[name] is not None)
     order = pd.DataFrame({"used": tried["used_bytes"], "others": others, "excess": excess})
     if not tried["holds"].any():
         return order.sort_values(["excess", "used", "others"], kind="stable").index[0]
@@ -215,4 +216,4 @@ def _with(values: Sequence[Any], own: Any) -> tuple[Any, ...]:
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
+    return None if value is pd.NA else value.item() if isinstance(value, np.generic) else value

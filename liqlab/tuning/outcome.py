@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -13,9 +14,10 @@ from liqlab import clock, schema
 from liqlab.budget import human
 from liqlab.settings import Settings
 from liqlab.sizing import Calibration, Predicted, Prepared, predict
+from liqlab.sizing.model import makers
 from liqlab.sizing.prepare import through
-from liqlab.sizing.structures import LEAF, PREALLOCATED, Layout
-from liqlab.tuning.alerts import Quality, quality
+from liqlab.sizing.structures import LEAF, PREALLOCATED, Floats, Ints, Layout
+from liqlab.tuning.alerts import Quality, compared, quality, quality_key
 
 _MS_DIGITS: Final = 13  # of a time, which is what a cooldown's key holds
 _HOURS_SAID: Final = 48  # from which on history is said in days
@@ -34,15 +36,15 @@ class Outcome:
         Thresholds and alerts beside those of exact history.
     rate_per_h : float
         Events an hour of the feed.
-    layout : Layout
-        How the server lays objects out.
+    raised : dict of str to array of float64, shape (m,)
+        Bytes through time of what the detector writes: signals, a stream a symbol, and cooldowns.
     """
 
     settings: Settings
     predicted: Predicted
     quality: Quality
     rate_per_h: float
-    layout: Layout
+    raised: dict[str, Floats]
 
     @property
     def maxmemory(self) -> int:
@@ -51,26 +53,8 @@ class Outcome:
 
     @cached_property
     def families(self) -> pd.DataFrame:
-        """`predicted.families`, and what the detector writes: signals, a stream a symbol, and cooldowns."""
-        alerts, retention, layout = self.quality.fidelity.found, self.settings.retention, self.layout
-        rows = self.predicted.families.index.to_numpy()
-        length = alerts["symbol"].str.len().to_numpy().astype(np.int64)
-        node = min(PREALLOCATED, self.settings.server.stream_node_max_bytes)
-        stream = layout.key(length + len("signal:")) + layout.stream + layout.alloc(node) + layout.alloc(LEAF)
-        again = alerts.groupby("symbol")["ts_ms"].shift(-1).fillna(np.inf).to_numpy()
-        times = alerts["ts_ms"].to_numpy()
-        string = layout.string(length + len("alert::sell"), _MS_DIGITS)
-        ends = np.append(rows[1:], rows[-1] + clock.MINUTE_MS)
-        born, until, over = (
-            ends.searchsorted(ms, "right")
-            for ms in (
-                times,
-                np.minimum(times + 1000.0 * retention.signal_s, again),
-                times + 1000 * retention.cooldown_s,
-            )
-        )
-        signal, cooldown = through(len(rows), born, until, stream), through(len(rows), born, over, string)
-        return self.predicted.families.assign(signal=signal, cooldown=cooldown)
+        """`predicted.families`, and what is `raised`."""
+        return self.predicted.families.assign(**self.raised)
 
     @cached_property
     def shares(self) -> pd.DataFrame:
@@ -79,14 +63,19 @@ class Outcome:
         Streams come to their budget sooner or later, and cleanup keeps them there: their headroom is what is still free
         at the end of the feed.
         """
-        predicted, families, budget = self.predicted, self.families, self.settings.budget.model_dump()
-        share = [schema.BY_NAME[str(name)].share for name in families]
-        most = families.T.groupby(share).sum().T.max()
-        most["buffer"] = predicted.base_bytes + predicted.scripts_bytes
-        table = pd.DataFrame({"budget_bytes": pd.Series(budget) * self.maxmemory}).rename_axis("share")
-        table["bytes"] = most.reindex(table.index).fillna(0)
-        table["headroom_pct"] = 100 * (1 - table["bytes"] / table["budget_bytes"].where(table["budget_bytes"] > 0))
-        return table
+        predicted, budget = self.predicted, self.settings.budget.model_dump()
+        through: dict[str, Any] = dict.fromkeys(budget, 0.0)
+        whole = predicted.families
+        for name, size in [*zip(whole.columns, whole.to_numpy().T, strict=True), *self.raised.items()]:
+            share = schema.BY_NAME[str(name)].share
+            through[share] = through[share] + size
+        through["buffer"] = predicted.base_bytes + predicted.scripts_bytes
+        room = np.array(list(budget.values())) * self.maxmemory
+        most = np.array([float(np.max(size)) for size in through.values()])
+        left = 100 * (1 - most / np.where(room > 0, room, np.nan))
+        return pd.DataFrame(
+            {"budget_bytes": room, "bytes": most, "headroom_pct": left}, index=pd.Index(list(budget), name="share")
+        )
 
     @property
     def event_bytes(self) -> float:
@@ -153,15 +142,15 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as plain numbers and text, a row of a sweep; what is not known is None."""
-        alerts, shares, error = self.quality.fidelity, self.shares, self.quality.error_pct
+        shares, error, (precision, recall) = self.shares, self.quality.error_pct, self.quality.shares
         return {
             "used_bytes": self.used_bytes,
             **{f"{name}_bytes": round(size) for name, size in shares["bytes"].items()},
             "event_bytes": self.event_bytes,
             "history_h": self.history_h,
             "threshold_error_pct": None if np.isnan(error) else error,
-            "precision": alerts.precision,
-            "recall": alerts.recall,
+            "precision": precision,
+            "recall": recall,
             "headroom_pct": self.headroom_pct,
             "binds": self.binds,
             "fits": self.fits,
@@ -197,4 +186,44 @@ def evaluate(
     hours = max(float(times[-1] - times[0]) / clock.HOUR_MS, 1 / 60)
     known = calibration or Calibration()
     found = predict(prepared, settings, known, cleaned=True)
-    return Outcome(settings, found, quality(prepared, settings, window_s), len(times) / hours, known.layout)
+    alerts = quality(prepared, settings, window_s)
+    node, retention = settings.server.stream_node_max_bytes, settings.retention
+    raised = prepared.once(
+        ("raised", quality_key(settings, window_s), known.layout, node, retention.signal_s),
+        lambda: _raised(alerts.fidelity.found, found.families.index.to_numpy(), settings, known.layout),
+    )
+    return Outcome(settings, found, alerts, len(times) / hours, raised)
+
+
+def in_common(
+    prepared: Prepared, settings: Settings, calibration: Calibration | None, window_s: int
+) -> dict[Hashable, tuple[tuple[Hashable, ...], Callable[[], Any]]]:
+    """Return what evaluating settings takes that others may have in common, by the key that it is remembered under.
+
+    Of each, a group within which much is done once, and what makes it.
+    """
+    bucket_s = settings.retention.percentile_bucket_s
+    made = makers(prepared, settings, (calibration or Calibration()).layout, cleaned=True)
+    groups: dict[str, tuple[Hashable, ...]] = {
+        "events": ("events",),
+        "sketch": ("percentile", bucket_s),
+        "percentile": ("percentile", bucket_s),
+    }
+    found: dict[Hashable, tuple[tuple[Hashable, ...], Callable[[], Any]]] = {
+        quality_key(settings, window_s): (("quality",), lambda: compared(prepared, settings, window_s))
+    }
+    return found | {key: (groups.get(name, ("others",)), make) for name, (key, make) in made.items()}
+
+
+def _raised(alerts: pd.DataFrame, rows: Ints, settings: Settings, layout: Layout) -> dict[str, Floats]:
+    """Return the bytes of signals and cooldowns at the end of each of `rows`, which begin at so many ms."""
+    retention, length = settings.retention, alerts["symbol"].str.len().to_numpy().astype(np.int64)
+    node = min(PREALLOCATED, settings.server.stream_node_max_bytes)
+    stream = layout.key(length + len("signal:")) + layout.stream + layout.alloc(node) + layout.alloc(LEAF)
+    again = alerts.groupby("symbol")["ts_ms"].shift(-1).fillna(np.inf).to_numpy()
+    times = alerts["ts_ms"].to_numpy()
+    string = layout.string(length + len("alert::sell"), _MS_DIGITS)
+    ends = np.append(rows[1:], rows[-1] + clock.MINUTE_MS)
+    until = np.minimum(times + 1000.0 * retention.signal_s, again)
+    born, gone, over = (ends.searchsorted(ms, "right") for ms in (times, until, times + 1000 * retention.cooldown_s))
+    return {"signal": through(len(rows), born, gone, stream), "cooldown": through(len(rows), born, over, string)}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,24 +16,33 @@ import pandas as pd
 
 from liqlab import clock
 from liqlab.feeds import Feed
+from liqlab.percentiles import METHODS
 from liqlab.replay import Progress
 from liqlab.settings import Monitor, Settings, changed, load
 from liqlab.sizing import Calibration, Prepared, prepare
-from liqlab.tuning.outcome import evaluate
+from liqlab.sizing.prepare import REMEMBERED
+from liqlab.tuning.outcome import evaluate, in_common
 
-# What is worth trying; other codecs and hashes of candles only ever take more. What the streams depend on comes first:
-# combinations that share it are tried together.
+# What is worth trying; other codecs and hashes of candles only ever take more, and `tdigest` cannot be predicted. What
+# the streams depend on comes first, then percentiles: combinations that share it are tried together.
 SPACE: Final[dict[str, tuple[Any, ...]]] = {
     "writer.layout": ("shared", "hybrid", "per_symbol"),
     "writer.block_bytes": (4 << 10, 16 << 10, 64 << 10),
     "retention.hot_s": (300, 900, 3_600),
-    "retention.percentile_window_s": (21_600, 43_200, 86_400),
+    "detector.method": ("logbins", "exact", "topk", "reservoir"),
+    "detector.size": (126, 500),
     "retention.percentile_bucket_s": (1_800, 3_600),
+    "retention.percentile_window_s": (21_600, 43_200, 86_400),
     "retention.candle_s": (900, 3_600),
     "retention.vwap_s": (900, 3_600),
 }
+_Part = list[dict[str, Any]]  # combinations that are tried together
+_Shared = dict[Hashable, dict[str, Any]]  # what is shared, by key, and a combination that it is part of
+_DEAREST: Final = ("quality", "events", "percentile", "others")  # groups of what is shared
+_AT_ONCE: Final = REMEMBERED - 56  # of them, and room for what else is remembered
 MINIMISED: Final = ("used_bytes", "threshold_error_pct")
 MAXIMISED: Final = ("history_h", "recall")
+_SIZE: Final = "detector.size"
 _TOGETHER: Final = 64  # settings that one task tries, and one file holds
 
 
@@ -56,7 +65,8 @@ def sweep(
     ----------
     events : Feed, pandas.DataFrame or Prepared
     space : mapping of str to sequence, optional
-        Values of each setting that is varied, by dotted name; `SPACE` when absent. Every combination is tried.
+        Values of each setting that is varied, by dotted name; `SPACE` when absent. Every combination is tried; of those
+        that differ in nothing but a size that their method does not have, one.
     settings : Settings, optional
         All others; and the window that thresholds should be of. `liqlab.settings.load()` when absent.
     calibration : Calibration, optional
@@ -78,19 +88,22 @@ def sweep(
     Returns
     -------
     pandas.DataFrame
-        A row a combination: the varied settings by dotted name, then what `Outcome.as_dict` has.
+        A row a combination: the varied settings by dotted name, then what `Outcome.as_dict` has. A size is missing
+        where the method has none.
 
     Raises
     ------
     SettingsError
         A name or a value of `space` is none.
+    EventError
+        A method or a strategy of `space` cannot be predicted, or there is no event.
     """
     # Passwords have no business with workers, nor in what results are known by.
     prepared, base = prepare(events), (settings or load()).model_copy(update={"redis_url": None, "monitor": Monitor()})
-    combinations = list(_combinations(space or SPACE, count, seed))
     for name, values in (space or SPACE).items():
         for value in values:
             changed(base, {name: value})  # what is wrong is said before anything is tried
+    combinations = _combinations(space or SPACE, base, count, seed)
     parts = [combinations[at : at + _TOGETHER] for at in range(0, len(combinations), _TOGETHER)]
     found: dict[int, pd.DataFrame] = {}
     files: list[Path] = []
@@ -111,23 +124,29 @@ def sweep(
             progress(sum(map(len, found.values())), len(combinations))
 
     left = [at for at in range(len(parts)) if at not in found]
-    if progress and found:
+    if progress:
         progress(sum(map(len, found.values())), len(combinations))
-    if (dask or workers > 1) and left:
-        _on_dask(prepared, base, calibration, parts, left, keep, dask, workers)
-    else:
-        for at in left:
-            keep(at, _tried(prepared, base, calibration, parts[at]))
+    try_all = partial(_on_dask, address=dask, workers=workers) if dask or workers > 1 else _here
+    if left:
+        try_all(prepared, base, calibration, _rounds(prepared, base, calibration, {at: parts[at] for at in left}), keep)
     return pd.concat([found[at] for at in range(len(parts))], ignore_index=True)
 
 
-def _combinations(space: Mapping[str, Sequence[Any]], count: int | None, seed: int) -> Iterator[dict[str, Any]]:
-    size = math.prod(len(values) for values in space.values())
-    every: Iterator[tuple[Any, ...]] = itertools.product(*space.values())
-    if count is not None and count < size:
-        chosen = set(clock.generator(seed).choice(size, count, replace=False).tolist())
-        every = (values for at, values in enumerate(every) if at in chosen)
-    return (dict(zip(space, values, strict=True)) for values in every)
+def _combinations(
+    space: Mapping[str, Sequence[Any]], base: Settings, count: int | None, seed: int
+) -> list[dict[str, Any]]:
+    every = [dict(zip(space, values, strict=True)) for values in product(*space.values())]
+    if _SIZE in space:
+        for one in every:
+            # A size that is not read is none; one that is not set, the method's own.
+            detector = base.detector.model_copy(update={"size": one[_SIZE]})
+            method = one.get("detector.method", detector.method)
+            one[_SIZE] = METHODS[method].size(base.model_copy(update={"detector": detector}))
+        every = [dict(pairs) for pairs in dict.fromkeys(tuple(one.items()) for one in every)]
+    if count is not None and count < len(every):
+        chosen = np.sort(clock.generator(seed).choice(len(every), count, replace=False))
+        every = [every[at] for at in chosen.tolist()]
+    return every
 
 
 def _digest(prepared: Prepared, base: Settings, calibration: Calibration | None) -> str:
@@ -139,39 +158,114 @@ def _digest(prepared: Prepared, base: Settings, calibration: Calibration | None)
     return digest.hexdigest()
 
 
+def _rounds(
+    prepared: Prepared, base: Settings, calibration: Calibration | None, parts: Mapping[int, _Part]
+) -> Iterator[tuple[dict[int, _Part], list[_Shared]]]:
+    """Yield some of the parts, and what they have in common: no more at a time than a feed remembers."""
+    window_s, taken = base.retention.percentile_window_s, dict[int, _Part]()
+    groups: dict[tuple[Hashable, ...], _Shared] = {}
+    for at, part in parts.items():
+        new: dict[tuple[Hashable, ...], _Shared] = {}
+        for values in part:
+            settings = changed(base, values)
+            for key, (group, _) in in_common(prepared, settings, calibration, window_s).items():
+                new.setdefault(group, {}).setdefault(key, values)
+        if taken and sum(len({**groups.get(name, {}), **new.get(name, {})}) for name in {*groups, *new}) > _AT_ONCE:
+            yield taken, _dearest_first(groups)
+            taken, groups = {}, {}
+        taken[at] = part
+        groups = {name: {**new.get(name, {}), **groups.get(name, {})} for name in {**groups, **new}}
+    yield taken, _dearest_first(groups)
+
+
+def _dearest_first(groups: Mapping[tuple[Hashable, ...], _Shared]) -> list[_Shared]:
+    return [groups[name] for name in sorted(groups, key=lambda name: _DEAREST.index(str(name[0])))]
+
+
+def _worked_out(prepared: Prepared, base: Settings, calibration: Calibration | None, shared: _Shared) -> dict[Any, Any]:
+    """Return what settings have in common, each under its key, as one of the settings that have it has it made."""
+    window_s = base.retention.percentile_window_s
+    found = {}
+    for key, values in shared.items():
+        _, make = in_common(prepared, changed(base, values), calibration, window_s)[key]
+        found[key] = prepared.once(key, make)
+    return found
+
+
 def _tried(
-    prepared: Prepared, base: Settings, calibration: Calibration | None, part: list[dict[str, Any]]
+    prepared: Prepared,
+    base: Settings,
+    calibration: Calibration | None,
+    part: _Part,
+    known: Sequence[Mapping[Any, Any]] = (),
 ) -> pd.DataFrame:
+    for results in known:
+        prepared.learn(results)
     window_s = base.retention.percentile_window_s
     rows = [
         values | evaluate(prepared, changed(base, values), calibration, window_s=window_s).as_dict() for values in part
     ]
-    return pd.DataFrame(rows).astype(dict.fromkeys(("threshold_error_pct", "precision", "recall"), float))
+    table = pd.DataFrame(rows).astype(dict.fromkeys(("threshold_error_pct", "precision", "recall"), float))
+    return table.astype({_SIZE: "Int64"} if _SIZE in table else {})
+
+
+def _here(
+    prepared: Prepared,
+    base: Settings,
+    calibration: Calibration | None,
+    rounds: Iterator[tuple[dict[int, _Part], list[_Shared]]],
+    keep: Callable[[int, pd.DataFrame], None],
+) -> None:
+    for parts, groups in rounds:
+        for shared in groups:
+            _worked_out(prepared, base, calibration, shared)
+        for at, part in parts.items():
+            keep(at, _tried(prepared, base, calibration, part))
+
+
+def local_cluster(workers: int) -> Any:
+    """Start so many worker processes on this machine; a context manager with the attribute `scheduler_address`."""
+    import dask
+    import distributed
+
+    lib: Any = distributed  # it has no types
+    # Dask lets its workers give memory back to the system at once, and get it again for the next array: half as fast.
+    with dask.config.set({"distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None}):
+        return lib.LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=40)
 
 
 def _on_dask(
     prepared: Prepared,
     base: Settings,
     calibration: Calibration | None,
-    parts: list[list[dict[str, Any]]],
-    left: list[int],
+    rounds: Iterator[tuple[dict[int, _Part], list[_Shared]]],
     keep: Callable[[int, pd.DataFrame], None],
+    *,
     address: str | None,
     workers: int,
 ) -> None:
+    """Let one of the workers work out each group of what is shared, and the others have it from there."""
     import distributed
 
     lib: Any = distributed  # it has no types
     with ExitStack() as stack:
         if address is None:
-            address = stack.enter_context(
-                lib.LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=40)
-            ).scheduler_address
+            address = stack.enter_context(local_cluster(workers)).scheduler_address
         client = stack.enter_context(lib.Client(address))
         [feed] = client.scatter([prepared], broadcast=True, hash=False)
-        tasks = {client.submit(_tried, feed, base, calibration, parts[at], pure=False): at for at in left}
-        for task in lib.as_completed(tasks):
-            keep(tasks[task], task.result())
+        for parts, groups in rounds:
+            # As many at a time as there are workers: the scheduler would let one wait behind a dear one.
+            left = (client.submit(_worked_out, feed, base, calibration, shared, pure=False) for shared in groups)
+            known, running = [], lib.as_completed(list(islice(left, max(len(client.nthreads()), 1))))
+            for done in running:
+                known.append(done)
+                running.update(islice(left, 1))
+            tasks = {
+                client.submit(_tried, feed, base, calibration, part, known, pure=False): at
+                for at, part in parts.items()
+            }
+            for task in lib.as_completed(tasks):
+                keep(tasks[task], task.result())
 
 
 def pareto(

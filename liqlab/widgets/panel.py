@@ -25,6 +25,7 @@ from liqlab.tuning import Outcome, Verified, evaluate, verify
 
 _MINUTE, _HOUR, _KIB, _MIB = 60, 3_600, 1 << 10, 1 << 20
 _PLOTLY: Final = "application/vnd.plotly.v1+json"
+_UNSET: Final = 0  # of a setting that is not set: a slider has no None
 _WHOLE: Final = 10  # from which on a figure is shown without its fraction
 
 
@@ -44,6 +45,8 @@ KNOBS: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     "retention.hot_s": ("hot window", _times(*(_MINUTE * one for one in (1, 2, 5, 10, 15, 30, 60, 120)))),
     "writer.block_bytes": ("block", _sizes(*(_KIB << shift for shift in range(9)))),
     "writer.block_codec": ("block codec", {name: name for name in ("block", "msgpack-zlib")}),
+    "detector.method": ("percentiles", {name: name for name in ("logbins", "exact", "reservoir", "topk")}),
+    "detector.size": ("kept", {"usual": _UNSET, **{f"{one:,}": one for one in (20, 50, 100, 126, 250, 500, 1_000)}}),
     "retention.percentile_window_s": ("window", _times(*(_HOUR * one for one in (1, 2, 3, 6, 12, 24, 48)))),
     "retention.percentile_bucket_s": ("bucket", _times(*(_MINUTE * one for one in (15, 30, 60, 120, 240)))),
     "detector.percentile": ("percentile", {f"p{one:g}": one for one in (80.0, 90.0, 95.0, 97.5, 99.0, 99.5)}),
@@ -51,6 +54,11 @@ KNOBS: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     "retention.candle_s": ("candles kept", _times(*(_MINUTE * one for one in (5, 15, 30, 60, 120)))),
     "retention.vwap_s": ("VWAP idle", _times(*(_MINUTE * one for one in (15, 30, 60, 120)))),
 }
+
+
+def is_number(values: Mapping[str, Any]) -> bool:
+    """Return whether the values of a knob are numbers, for which there is a slider; else there is a menu."""
+    return any(isinstance(one, int | float) for one in values.values())
 
 
 class _Figure(go.FigureWidget):  # type: ignore[misc]
@@ -122,19 +130,17 @@ class TuningPanel(w.VBox):  # type: ignore[misc]
         return evaluate(self._events, settings, self._calibration, window_s=window_s)
 
     def _knob(self, name: str, label: str, values: Mapping[str, Any]) -> Any:
-        now = setting(self.settings, name)
+        now = setting(self.settings, name) or _UNSET
         if now not in values.values():
             values = dict(sorted({**values, f"{now:,}" if isinstance(now, int | float) else str(now): now}.items(),
                                  key=lambda item: item[1]))  # fmt: skip
         # A slider reports while it is dragged: it is the models that run.
-        kind, drag = (
-            (w.SelectionSlider, {"continuous_update": True}) if isinstance(now, int | float) else (w.Dropdown, {})
-        )
+        kind, drag = (w.SelectionSlider, {"continuous_update": True}) if is_number(values) else (w.Dropdown, {})
         knob = kind(
             options=list(values.items()), value=now, description=label, tooltip=f"{name}, see docs/settings.md", **drag,
             style={"description_width": "96px"}, layout=w.Layout(width="min(340px, 96vw)"),
         )  # fmt: skip
-        knob.observe(lambda change: self._turn({name: change["new"]}), "value")
+        knob.observe(lambda change: self._turn({name: change["new"] or None}), "value")
         return knob
 
     def _button(self, text: str, tooltip: str, act: Any) -> Any:
@@ -171,7 +177,7 @@ class TuningPanel(w.VBox):  # type: ignore[misc]
 
     def _reset(self) -> None:
         for name, knob in self.knobs.items():
-            knob.value = setting(self._base, name)
+            knob.value = setting(self._base, name) or _UNSET
 
     def _export(self) -> None:
         try:
