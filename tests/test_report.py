@@ -3,7 +3,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 import tomllib
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import nbformat
@@ -15,7 +17,7 @@ import liqlab
 from liqlab import budget, report
 from liqlab.feeds.synth import synth
 from liqlab.replay import ingest
-from liqlab.report import execute
+from liqlab.report import dated, execute
 from liqlab.report.cells import _length
 from liqlab.settings import load
 
@@ -338,3 +340,80 @@ def test_the_sample_is_found_from_everywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Path(report.sample_feed()).is_file()
     assert not Path(report.sample_feed()).is_absolute()
+
+
+# Reports that are kept
+
+FIRST_MS = 1_767_225_600_000  # 2026-01-01
+DAY_MS = 86_400_000
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_dated_reports_are_compared_and_pruned_and_a_failed_one_changes_nothing(feed, tmp_path):
+    out = tmp_path / "of-{date}.html"
+    first = report.keep(feed, out, now_ms=FIRST_MS)
+    assert (first.since, len(first.changes), first.removed) == (None, 0, [])
+    lock = ".liqlab-report.lock"
+    assert names_in(tmp_path) == [lock, "latest.html", "of-2026-01-01.html", "of-2026-01-01.json"]
+    assert json.loads(first.json.read_text())["budget"] == first.report.budget
+
+    with pytest.raises(report.ReportError, match=r"none\.csv"):
+        report.keep(tmp_path / "none.csv", out, now_ms=FIRST_MS + DAY_MS)
+    failed = json.loads((tmp_path / "of-2026-01-02.failed.json").read_text())
+    assert failed["at"] == "2026-01-02T00:00:00+00:00"
+    assert "none.csv" in failed["error"]
+    assert (tmp_path / "latest.html").resolve() == first.report.html
+
+    owned = load(writer={"layout": "per_symbol"})
+    eighth = report.keep(feed, out, now_ms=FIRST_MS + 7 * DAY_MS, settings=owned, count=1)
+    assert eighth.since == first.json
+    before, now, change = eighth.changes.loc["used_memory"]
+    assert (before, now) == (first.report.budget["used_memory"], eighth.report.budget["used_memory"])
+    assert change == pytest.approx(100 * (now / before - 1))
+    assert eighth.changes["change_pct"]["streams, % of its share"] > 20
+    assert "beside of-2026-01-01" in page(eighth.report)
+    gone = ["of-2026-01-01.html", "of-2026-01-01.json", "of-2026-01-02.failed.ipynb", "of-2026-01-02.failed.json"]
+    assert sorted(path.name for path in eighth.removed) == gone
+    assert names_in(tmp_path) == [lock, "latest.html", "of-2026-01-08.html", "of-2026-01-08.json"]
+    assert (tmp_path / "latest.html").resolve() == eighth.report.html
+
+
+def test_two_reports_never_overlap_and_a_killed_one_leaves_the_last(feed, tmp_path):
+    out = tmp_path / "{date}.html"
+    words = ["report", "--feed", str(feed), "--out", str(out)]
+    running = subprocess.Popen([sys.executable, "-c", "from liqlab.cli import main; main()", *words])
+    try:
+        for _ in range(600):
+            if any(tmp_path.glob(".*.ipynb*")):
+                break
+            time.sleep(0.05)
+        with pytest.raises(report.ReportError, match=f"process {running.pid} is making a report"):
+            report.keep(feed, out, now_ms=FIRST_MS)
+    finally:
+        running.kill()
+        running.wait()
+    assert any(tmp_path.glob(".*.ipynb*"))
+    report.keep(feed, out, now_ms=FIRST_MS)
+    assert names_in(tmp_path) == [".liqlab-report.lock", "2026-01-01.html", "2026-01-01.json", "latest.html"]
+
+
+@pytest.mark.parametrize("name", ["report.html", "{day}.html", "{date}-{hour}.html", "{time}.html"])
+def test_a_report_that_is_kept_needs_a_date(feed, tmp_path, name):
+    with pytest.raises(report.ReportError, match="date"):
+        report.keep(feed, tmp_path / name)
+    assert names_in(tmp_path) == []
+
+
+def test_of_earlier_reports_that_of_a_week_ago_is_compared(tmp_path):
+    out, now = tmp_path / "{date}-{time}.html", datetime(2026, 1, 10, 6, 10, tzinfo=UTC)
+    here = tmp_path / "2026-01-10-0610.html"
+    assert dated._earlier(out, here, now) is None
+    for day, hour in ((9, 6), (3, 7), (3, 5), (2, 6), (1, 6)):
+        path = tmp_path / f"2026-01-{day:02}-{hour:02}10.json"
+        path.write_text(json.dumps({"at": datetime(2026, 1, day, hour, 10, tzinfo=UTC).isoformat()}))
+    (tmp_path / "2026-01-03-0610-mine.json").write_text("{}")
+    assert dated._earlier(out, here, now).name == "2026-01-03-0710.json"
+    assert dated._earlier(out, here, now - timedelta(days=4)).name == "2026-01-01-0610.json"

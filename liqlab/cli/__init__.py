@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from liqlab import __version__
-from liqlab.cli import operate, study, tune
+from liqlab.cli import operate, recording, study, tune
 from liqlab.cli.options import (
     OVER_BUDGET,
     FailOn,
@@ -28,7 +28,7 @@ from liqlab.cli.options import (
     on_server,
     paths,
 )
-from liqlab.cli.terminal import budget_table, log, plain_table, print_json, progress, screen
+from liqlab.cli.terminal import budget_table, change_table, log, plain_table, print_json, progress, screen
 from liqlab.settings import Settings, SettingsError
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ app.add_typer(feeds_app, name="feeds")
 for _command in (
     *(study.quantiles, study.detect, study.replay),
     *(tune.size, tune.tune, tune.recommend, tune.app),
+    recording.record,
     *(operate.cleanup, operate.restore, operate.monitor, operate.config, operate.migrate),
 ):
     app.command()(_command)
@@ -69,12 +70,14 @@ def _expected() -> tuple[type[Exception], ...]:
     from liqlab.feeds import FeedError
     from liqlab.migrate import MigrateError
     from liqlab.monitor import MonitorError
+    from liqlab.record import RecordError
     from liqlab.report import ReportError
     from liqlab.server import ServerError
     from liqlab.writer import WriterError
 
-    ours = (BackupError, EventError, FeedError, MigrateError, MonitorError, ReportError, ServerError, WriterError)
-    return *ours, OSError, RedisError, SettingsError
+    feeds = (EventError, FeedError, RecordError)
+    ours = (BackupError, MigrateError, MonitorError, ReportError, ServerError, WriterError)
+    return *feeds, *ours, OSError, RedisError, SettingsError
 
 
 def _version(value: bool) -> None:
@@ -92,9 +95,11 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 def report(
     feeds: Feeds = None,
     feed: FeedOption = None,
-    out: Annotated[Path, typer.Option(help="Where the HTML goes; replaced only by a complete one.")] = Path(
-        "build/report.html"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(help="Where the HTML goes; replaced only by a complete one. With {date} in it many are kept."),
+    ] = Path("build/report.html"),
+    keep: Annotated[int, typer.Option(help="Of dated reports, how many stay.")] = 30,
     fail_on: FailOn = None,
     options: Set = None,
     as_json: Json = False,
@@ -104,14 +109,23 @@ def report(
     Example: liqlab report --feed data/normal-6h.jsonl.gz --out build/report.html --fail-on over-budget
     """
     from liqlab import report as module
+    from liqlab.budget import records
 
     chosen = chosen_settings(options)
+    kept = None
     with progress("report") as step:
-        made = module.run(paths(feeds, feed), out, settings=chosen, progress=step)
+        if "{date}" in out.name:
+            kept = module.keep(paths(feeds, feed), out, count=keep, settings=chosen, progress=step)
+            made = kept.report
+        else:
+            made = module.run(paths(feeds, feed), out, settings=chosen, progress=step)
+    changed = records(kept.changes.reset_index()) if kept else []
     if as_json:
-        print_json({"report": str(made.html), **made.budget})
+        print_json({"report": str(made.html), **made.budget, **({"changes": changed} if kept else {})})
     else:
         screen.print(budget_table(made.budget))
+        if kept and kept.since:
+            screen.print(change_table(kept.since.stem, changed))
         screen.print(f"report: {made.html}", soft_wrap=True)
     _fail(fail_on, made.budget["over"])
 
@@ -280,9 +294,10 @@ def doctor(as_json: Json = False) -> None:
     else:
         table = Table(box=None, show_header=False)
         for name, ok, detail in rows:
-            table.add_row("[green]ok[/green]" if ok else "[red]missing[/red]", name, redact(detail))
+            mark = "[yellow]optional[/yellow]" if ok is None else "[green]ok[/green]" if ok else "[red]missing[/red]"
+            table.add_row(mark, name, redact(detail))
         screen.print(table)
-    if not all(ok for _, ok, _ in rows):
+    if any(ok is False for _, ok, _ in rows):
         raise typer.Exit(1)
 
 

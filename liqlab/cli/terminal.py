@@ -58,6 +58,22 @@ def budget_table(measured: dict[str, Any]) -> Table:
     return table
 
 
+def change_table(since: str, rows: list[dict[str, Any]]) -> Table:
+    """Show what differs from an earlier report."""
+    table = Table(title=f"changed since {since}", box=box.SIMPLE_HEAD)
+    for name in ("", "before", "now", "change"):
+        table.add_column(name, justify="right" if name else "left")
+    for row in rows:
+        if row["before"] != row["now"]:
+            change = row["change_pct"]
+            figures = [
+                "" if row[name] is None else f"{row[name]:,.{0 if row[name] % 1 == 0 else 2}f}"
+                for name in ("before", "now")
+            ]
+            table.add_row(row["figure"], *figures, "" if change is None else f"{change:+.1f} %")
+    return table
+
+
 def print_json(value: Any) -> None:
     """Print JSON on standard output, one line."""
     screen.print(json.dumps(value, default=str, allow_nan=False), soft_wrap=True, markup=False)

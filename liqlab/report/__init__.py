@@ -4,6 +4,7 @@ from liqlab.report.cells import (
     ReportError,
     Summary,
     account_table,
+    changes,
     check,
     configuration,
     family_table,
@@ -11,27 +12,33 @@ from liqlab.report.cells import (
     notebook,
     sample_feed,
     share_table,
+    since,
     summary,
     versions,
     with_parameters,
 )
+from liqlab.report.dated import Kept, keep
 from liqlab.report.execute import Report, check_parameters, run
 from liqlab.report.page import to_html
 
 __all__ = [
+    "Kept",
     "Report",
     "ReportError",
     "Summary",
     "account_table",
+    "changes",
     "check",
     "check_parameters",
     "configuration",
     "family_table",
     "headline",
+    "keep",
     "notebook",
     "run",
     "sample_feed",
     "share_table",
+    "since",
     "summary",
     "to_html",
     "versions",

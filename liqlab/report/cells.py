@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import json
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -256,6 +257,60 @@ def summary(feed: Feed, ingested: Ingested, budget: Budget, server: Capabilities
     """Return every figure as plain numbers and text, under the names of the arguments."""
     figures = {"feed": feed.report.as_dict(), "ingested": ingested.as_dict(), "budget": budget.as_dict()}
     return Summary({**figures, "server": vars(server)})
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> pd.DataFrame:
+    """Return what has changed between two summaries.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Index: the figure. Columns: before, now, change_pct (NaN where there was nothing before). Memory in bytes, what
+        each share of the budget uses in per cent, events and rows as numbers.
+    """
+    old, new = _figures(before), _figures(now)
+    table = pd.DataFrame({"before": pd.Series(old, dtype=float), "now": pd.Series(new, dtype=float)}).reindex(list(new))
+    table["change_pct"] = 100 * (table["now"] / table["before"].where(table["before"] != 0) - 1)
+    return table.rename_axis("figure")
+
+
+def _figures(values: Mapping[str, Any]) -> dict[str, float]:
+    feed, ingested, budget = values["feed"], values["ingested"], values["budget"]
+    return {
+        "events": feed["accepted"],
+        "rejected rows": sum(feed["rejected"].values()),
+        "events held": ingested["held"],
+        "keys evicted": ingested["evicted"],
+        "used_memory": budget["used_memory"],
+        **{
+            f"{row['part']}, % of its share": row["used_pct"] for row in budget["shares"] if row["used_pct"] is not None
+        },
+        **{f"{row['family']}, bytes a member": row["bytes_per_member"] for row in budget["families"]},
+    }
+
+
+def since(path: str, found: Summary) -> Any:
+    """Return what has changed since an earlier report, as Markdown.
+
+    Parameters
+    ----------
+    path : str
+        The JSON file beside that report; empty where there is none.
+    found : Summary
+        From `summary`.
+    """
+    from IPython.display import Markdown
+
+    if not path:
+        return Markdown("There is no earlier report to compare with.")  # type: ignore[no-untyped-call]
+    table = changes(json.loads(Path(path).read_text()), found.values)
+    lines = [f"| beside {Path(path).stem} | before | now | change |", "|---|---:|---:|---:|"]
+    for name, row in table.iterrows():
+        change = "new" if pd.isna(row["change_pct"]) and row["now"] else f"{row['change_pct']:+.1f} %"
+        same = pd.isna(row["before"]) or row["before"] == row["now"]
+        texts = ["" if pd.isna(one) else f"{one:,.{0 if one % 1 == 0 else 2}f}" for one in row[["before", "now"]]]
+        lines.append(f"| {name} | {texts[0]} | {texts[1]} | {'' if same and change != 'new' else change} |")
+    return Markdown("\n".join(lines))  # type: ignore[no-untyped-call]
 
 
 def versions() -> pd.DataFrame:
