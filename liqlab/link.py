@@ -234,3 +234,8 @@ def why(error: Exception) -> str:
     """Return what an error of `Link.send` means, with a cure."""
     cure = "free memory or raise maxmemory" if isinstance(error, OutOfMemoryError) else "check the server, then flush()"
     return f"{error}; {cure}"
+
+
+def cuts(start: int, stop: int, size: int) -> list[int]:
+    """Cut a slice into batches; the first of several is smaller: the server has work while the others are built."""
+    return [start, *range(start + (max(size // 4, 1) if stop - start > size else size), stop, size), stop]

@@ -28,7 +28,7 @@ MOST_EACH: Final = 32  # bytes of an event in a block: fewer events than that ca
 _TRIES: Final = 5
 _FITS: Final = 6
 _FAR: Final = 0.8  # of the room: what would take less by the block before needs no look
-_FULL, _AIM = 0.97, 0.985  # of the room: what a search is content with, and what it aims at
+_FULL, _AIM = 0.955, 0.978  # of the room: what a search is content with, and what it aims at
 _TURNS: Final = 5  # of the event loop, in which another task takes a reply and sends what comes next
 _TYPICAL: Final = 5.0  # bytes of an event in a block
 
@@ -239,20 +239,24 @@ def _blocks(front: _Front, settings: Settings, partial: bool) -> Iterator[_Block
     events, id_ms, start = events.rows(order), id_ms[order], 0
     yield None
 
-    def rows(count: int) -> Columns:
-        """Return the first events that are left, in the order of their times."""
+    makers: dict[int, Callable[[], bytes]] = {}  # of blocks of so many of the first events that are left
+
+    def length(count: int) -> int:
         part = events.rows(slice(start, start + count))
-        return part.rows(np.argsort(part.ts_ms, kind="stable"))
+        size, makers[count] = codec.sized(part.rows(np.argsort(part.ts_ms, kind="stable")), names)
+        return size
 
     while start < len(id_ms):
         if not partial and len(id_ms) - start < settings.writer.block_bytes // MOST_EACH:
             break
-        count, full = fitting(id_ms[start:], room, lambda count: codec.length(rows(count), names), *each)
+        makers.clear()
+        count, full = fitting(id_ms[start:], room, length, *each)
         if not full and not (front.whole and partial):
             break
         yield None
-        ((block,),) = codec.encode(rows(count), names)
-        assert isinstance(block, bytes)
+        if count not in makers:
+            length(count)
+        block = makers[count]()
         start, each = start + count, [len(block) / count]
         cut_ms = front.end_ms if start == len(id_ms) else int(id_ms[start])
         ends: list[bytes] = []

@@ -16,7 +16,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
-from itertools import islice, pairwise
+from itertools import islice, pairwise, repeat
 from types import TracebackType
 from typing import Final
 
@@ -29,7 +29,7 @@ from liqlab.breaker import Breaker, State
 from liqlab.codecs import CodecError
 from liqlab.events import Columns, Event, check, check_event
 from liqlab.journal import Journal, JournalError
-from liqlab.link import Batch, Busy, Counts, Link, MemoryLostError, why
+from liqlab.link import Batch, Busy, Counts, Link, MemoryLostError, cuts, why
 from liqlab.settings import Settings, load
 
 _RETRY_S: Final = 0.5
@@ -215,25 +215,25 @@ class Writer:
         events : pandas.DataFrame
             An event table.
         stops : iterable of int
-            Where the slices end, ascending; the first begins at 0.
+            Where the slices end, ascending; the first begins at 0. Of a list, a slice is packed while the server works.
         """
-        columns = Columns.of(check(events))
-        size, start = self.settings.writer.bulk_events, 0
-        for stop in stops:
+        columns, sending = Columns.of(check(events)), None
+        size, start, made = self.settings.writer.bulk_events, 0, list[Batch]()
+        following = iter([*stops[1:], None]) if isinstance(stops, list) else repeat(None)
+        for stop, after in zip(stops, following, strict=False):
             async with self._sending:
                 await self._deliver()
-                sending: asyncio.Task[None] | None = None
                 try:
-                    # The first of several is smaller: the server has work while the others are built.
-                    small = max(size // 4, 1) if stop - start > size else size
-                    for first, last in pairwise([start, *range(start + small, stop, size), stop]):
-                        batches = self._batches(columns.rows(slice(first, last)))
+                    for first, last in pairwise(cuts(start, stop, size)):
+                        batches, made = made or self._batches(columns.rows(slice(first, last))), []
                         if sending is not None:
                             await sending
                         self.counts.offered += sum(len(batch.events) for batch in batches)
                         self._in_flight += batches
                         sending = asyncio.create_task(self._deliver())
                         await asyncio.sleep(_LEAVE_S * size)  # the batch leaves before the next one is built
+                    if after is not None:
+                        made = self._batches(columns.rows(slice(*cuts(stop, after, size)[:2])))
                     if sending is not None:
                         await sending
                 finally:
@@ -241,7 +241,7 @@ class Writer:
                         sending.cancel()
                         await asyncio.gather(sending, return_exceptions=True)
             yield start, stop
-            start = stop
+            start, sending = stop, None
 
     def _batches(self, events: Columns, *, ahead: bool = False) -> list[Batch]:
         if self._busy:

@@ -85,9 +85,17 @@ class Codec(ABC):
         check(self.name, events, possible(events) & carried)
         return self._encode(events, fit, names, own)
 
-    def length(self, events: Columns, names: Names) -> int:
-        """Return how many bytes a block of events takes, to a word; quicker than `encode` where a codec can say it."""
-        return len(self.encode(events, names)[0][0])
+    def sized(self, events: Columns, names: Names) -> tuple[int, Callable[[], bytes]]:
+        """Return how many bytes a block of events takes, to a word, and what makes it, where that is the larger part.
+
+        Raises
+        ------
+        CodecError
+            As `encode`.
+        """
+        ((block,),) = self.encode(events, names)
+        assert isinstance(block, bytes)
+        return len(block), lambda: block
 
     def decode(self, ts_ms: Ints, rows: Sequence[Sequence[bytes]], names: Names, *, own: str | None = None) -> Columns:
         """Return the events of `rows`, whose IDs carry the times `ts_ms`; `notional` is price x size.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from liqlab.codecs.base import Bools, Codec, CodecError, Floats, Ints, Value, decoded, numbers_of
+from liqlab.codecs.base import Bools, Codec, CodecError, Floats, Ints, Value, check, decoded, numbers_of, possible
 from liqlab.codecs.entries import MSGPACK_LIMITS, maps_of, of_maps
 from liqlab.codecs.entropy import Packer, Unpacker
 from liqlab.codecs.names import Names
@@ -126,13 +126,18 @@ class Block(Codec):
         return True, None
 
     def _encode(self, events: Columns, fit: None, names: Names, own: bool) -> list[list[Value]]:
-        runs, data = self._packed(events, names, own).finish()
-        times = [int(time) >> shift & 0xFFFFFFFF for time in (events.ts_ms[0], events.ts_ms[-1]) for shift in (32, 0)]
-        return [[_HEAD.pack(_VERSION, len(events), *times, runs) + data]]
+        return [[self._finished(events, self._packed(events, names, own))]]
 
-    def length(self, events: Columns, names: Names) -> int:
-        """Return how many bytes a block of events takes, to a word."""
-        return _HEAD.size + self._packed(events, names, own=False).length
+    def sized(self, events: Columns, names: Names) -> tuple[int, Callable[[], bytes]]:
+        """Return how many bytes a block of events takes, to a word, and what makes it."""
+        check(self.name, events, possible(events))
+        pack = self._packed(events, names, own=False)
+        return _HEAD.size + pack.length, lambda: self._finished(events, pack)
+
+    def _finished(self, events: Columns, pack: Packer) -> bytes:
+        runs, data = pack.finish()
+        times = [int(time) >> shift & 0xFFFFFFFF for time in (events.ts_ms[0], events.ts_ms[-1]) for shift in (32, 0)]
+        return _HEAD.pack(_VERSION, len(events), *times, runs) + data
 
     def _packed(self, events: Columns, names: Names, own: bool) -> Packer:
         check_count(self.name, len(events))

@@ -204,7 +204,9 @@ async def ingest(
             at = stop
 
     await look(0)
-    async for start, stop in writer.write_slices(events, stops()):
+    # Where nothing but the feed decides, all stops are known.
+    known = None if detector or rounds else cuts[cuts > 0].tolist()
+    async for start, stop in writer.write_slices(events, known or stops()):
         now_ms = now_at(stop)
         if stop in samples:
             timeline.append(await _point(redis, int(times[stop - 1]), stop))

@@ -217,7 +217,7 @@ def _exact(prepared: Prepared, settings: Settings, which: Ints) -> Callable[[Int
         key = (codec.name, settings.writer.layout, settings.shards, int(at[0]), int(at[-1]), len(at), exactly)
         if key not in prepared.blocks:
             rows = columns.rows(at)
-            prepared.blocks[key] = len(codec.encode(rows, names)[0][0]) if exactly else codec.length(rows, names)
+            prepared.blocks[key] = len(codec.encode(rows, names)[0][0]) if exactly else codec.sized(rows, names)[0]
         return prepared.blocks[key]
 
     return size_of
