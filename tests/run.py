@@ -22,6 +22,7 @@ WORKERS = ("-n", "2", "--dist", "worksteal")  # tests mostly wait, for servers a
 # pytest's own timeout lies above the cell's, whose message names the cell.
 NOTEBOOKS = (
     "--nbval --nbval-current-env --nbval-cell-timeout 120 --timeout 150 --nbval-sanitize-with tests/nbval-sanitize.cfg"
+    " -n 2 --dist loadfile"  # a notebook's cells share a kernel
 )
 
 
