@@ -110,6 +110,15 @@ def test_each_direct_dependency_has_one_pin_that_fits(python, system, machine):
             assert requirement.specifier.contains(held[name]), f"{requirement}, but pinned {held[name]}"
 
 
+def test_every_dependency_has_its_reason_in_the_docs():
+    page = (ROOT / "docs" / "dependencies.md").read_text()
+    listed = {name for row in re.findall(r"^\|(.*)\|$", page, re.MULTILINE) for name in re.split(r"[|,\s]+", row)}
+    assert sorted(set(requirements(*EXTRAS)) - listed) == []
+    for name, requirement in requirements(*EXTRAS).items():
+        if any(bound.operator == "<" for bound in requirement.specifier):
+            assert re.search(rf"^\|.*\b{re.escape(name)}\b.*below \d", page, re.MULTILINE), f"{name} has an upper bound"
+
+
 # The package
 
 
