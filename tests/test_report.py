@@ -93,7 +93,7 @@ def test_the_page_holds_everything_it_needs_and_little_more(made):
     assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", without_plotly)
     assert not re.findall(r"url\(|@import", without_plotly)
     assert without_plotly.count('class="plotly-graph-div"') == 7
-    for words in ("Where did every byte go?", "3,000 events", "half-hour.csv"):
+    for words in ("Does this feed fit the budget?", "3,000 events", "half-hour.csv"):
         assert words in html
 
 
