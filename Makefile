@@ -32,10 +32,10 @@ lint: .venv/.test ## ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: .venv/.test ## speed and memory beside their rivals: a table, and build/bench.json
+bench: .venv/.test ## speed and memory beside their rivals: build/bench.json, docs/benchmarks.md
 	@rm -f build/bench.json
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
-	@$(BIN)/python benchmarks/rows.py
+	@$(BIN)/python benchmarks/rows.py --docs
 
 lock: .venv/.made ## resolve constraints.txt anew
 	$(BIN)/uv pip compile --universal --python-version 3.11 --all-extras --upgrade --no-header --no-annotate \
