@@ -1,5 +1,6 @@
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+
+from liqlab import synth, write_feed
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -226,3 +229,23 @@ def test_a_notebook_has_parameters_and_is_small(path):
         "saved widget state: papermill's store_widget_state=False leaves it out"
     )
     assert path.stat().st_size < 1_000_000
+
+
+def test_a_wheel_makes_a_report_outside_of_the_repository(tmp_path):
+    uv = Path(sys.executable).with_name("uv")
+    if not uv.exists():
+        pytest.skip("uv, which builds the wheel, is not in .venv")
+    built = subprocess.run([uv, "build", "--wheel", "--out-dir", tmp_path, ROOT], capture_output=True, text=True)
+    if built.returncode and "hatchling" in built.stderr:
+        pytest.skip("the wheel's builder, hatchling, could not be had")
+    assert built.returncode == 0, built.stderr
+    [wheel] = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+    feed = write_feed(synth("normal", hours=0.1, seed=3), tmp_path / "feed.csv")
+    code = "import liqlab; print(liqlab.__file__); from liqlab.cli import main; main()"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    words = [sys.executable, "-c", code, "report", "--feed", feed.name, "--out", "page.html"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "site"))
+    assert "Does this feed fit the budget?" in (tmp_path / "page.html").read_text()
