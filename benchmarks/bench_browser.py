@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -81,7 +80,7 @@ def main() -> None:
                 found = moves(page)
                 browser.close()
         finally:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             process.wait(30)
     print(f"median {np.median(found):.0f} ms, worst {max(found):.0f} ms of {len(found)} moves, {size:,} events")
     if not options.quick:

@@ -99,12 +99,19 @@ async def _let_work() -> None:
 
 
 async def ahead(redis: Redis, *, now_ms: int, settings: Settings | None = None) -> Ahead:
-    """Read what `seal` will seal at a time to come, and make the blocks of it at the next moment of waiting.
+    """Read what `seal` will seal at a time to come, and make the blocks of it at the next moments of waiting.
 
     Parameters
     ----------
+    redis, settings
+        Of `seal`.
     now_ms : int
         The time that `seal` will be given. All events that are older than it less `retention.hot_s` must be stored.
+
+    Returns
+    -------
+    Ahead
+        For `seal`.
     """
     settings = settings or load()
     limit_ms = now_ms - settings.retention.hot_s * 1000
@@ -319,12 +326,10 @@ def fitting(
         `full` says that the block is as large as can be, not just as large as there are events for it.
     """
     whole, best, size = len(id_ms), 0, 0
-    if each and whole * each < _FAR * room:
+    if each and whole <= MAX_EVENTS and whole * each < _FAR * room:
         return whole, False
-    count, least = (
-        min(max(int(_AIM * room / (each or _TYPICAL)), 1), MAX_EVENTS),
-        whole + 1,
-    )  # the fewest events known to be too many
+    least = whole + 1  # the fewest events known to be too many
+    count = min(max(int(_AIM * room / (each or _TYPICAL)), 1), MAX_EVENTS)
     for _ in range(_FITS):
         count = _untied(id_ms, count)
         if not best < count < least:
@@ -339,7 +344,7 @@ def fitting(
             if count == _untied(id_ms, 1):  # one moment that is larger than a block
                 return count, True
         count = min(max(int(_AIM * count * room / found), best + 1), least - 1, MAX_EVENTS)
-    return best, best < whole or size > 0.9 * room
+    return (best, best < whole or size > 0.9 * room) if best else (_untied(id_ms, 1), True)
 
 
 def _untied(id_ms: NDArray[np.int64], count: int) -> int:

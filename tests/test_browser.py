@@ -265,7 +265,7 @@ def test_the_app_is_used(browser, tmp_path, width):
         assert watched.complaints == []
         watched.context.close()
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT if width > 1000 else signal.SIGTERM)
         process.wait(30)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tempfile
@@ -175,6 +176,7 @@ def app(
     with tempfile.TemporaryDirectory(prefix="liqlab-app-") as folder:
         words = command(Path(folder), recorded.events, export_to.absolute(), port=port, browser=browser)
         log.print(f"http://127.0.0.1:{port}/  Ctrl-C stops it.")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a service is stopped: as by Ctrl-C
         process = subprocess.Popen([sys.executable, *words], env=with_template(environment(chosen)))
         with suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
             raise typer.Exit(process.wait(seconds))
