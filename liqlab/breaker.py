@@ -35,6 +35,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from liqlab import clock
+from liqlab.cluster import infos
 from liqlab.settings import Thresholds
 
 MAX_REST: Final = 8  # checks
@@ -134,8 +135,8 @@ class Breaker:
         self.counters["checks"] += 1
         try:
             async with asyncio.timeout(self._check_s):
-                info = await redis.info("memory")
-            used, limit = int(info["used_memory"]), int(info["maxmemory"])
+                found = [(int(info["used_memory"]), int(info["maxmemory"])) for info in await infos(redis, "memory")]
+            used, limit = max(found, key=lambda one: one[0] / one[1] if one[1] else 0.0)  # the fullest node
         except (*_LOST, RedisError, KeyError, TypeError, ValueError) as error:
             if self._opens(error):
                 self.failed(error)

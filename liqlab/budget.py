@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError
 
 from liqlab import clock, schema
+from liqlab.cluster import as_cluster
 from liqlab.server import Capabilities, capabilities, checkpoint
 from liqlab.settings import Settings, load
 
@@ -29,6 +30,7 @@ _PIPELINE: Final = 500
 _SAMPLES: Final = 1_000  # elements (or stream nodes) that MEMORY USAGE looks at in one key: bounds its pause
 _LENGTH: Final = {"stream": "XLEN", "hash": "HLEN", "zset": "ZCARD", "set": "SCARD", "list": "LLEN"}
 _SHARED_INTEGERS: Final = 10_000
+_NUMBERS: Final = ("keys", "members", "bytes", "error_bytes")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Budget:
         As the server reports them, bytes; `maxmemory` is the setting where the server has no limit.
     overhead : pandas.Series
         What is known of the unattributed bytes: start-up, clients, scripts, other.
+    nodes : dict of str to Budget
+        Of a cluster, whose budget is the sum of these, by ``host:port``; else empty.
     """
 
     table: pd.DataFrame
@@ -57,11 +61,13 @@ class Budget:
     used_memory: int
     maxmemory: int
     overhead: pd.Series
+    nodes: dict[str, Budget] = field(default_factory=dict)
 
     @property
     def over(self) -> list[str]:
-        """The shares that use more than their budget."""
-        return [str(name) for name in self.table.index[self.table["used_pct"] > 100]]
+        """The shares that use more than their budget; in sum, or as ``streams on host:port`` of one node's."""
+        here = [str(name) for name in self.table.index[self.table["used_pct"] > 100]]
+        return here + [f"{name} on {node}" for node, one in self.nodes.items() for name in one.over]
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers and text, for JSON."""
@@ -72,6 +78,7 @@ class Budget:
             "shares": records(self.table.reset_index()),
             "families": records(self.families.reset_index()),
             "overhead": self.overhead.to_dict(),
+            "nodes": {name: one.as_dict() for name, one in self.nodes.items()},
         }
 
     def _repr_html_(self) -> str:
@@ -126,7 +133,7 @@ async def measure(
     Parameters
     ----------
     redis : redis.asyncio.Redis
-        A client that returns bytes.
+        A client that returns bytes; of a cluster, every primary is measured against its own maxmemory.
     settings : Settings, optional
         Where the shares come from; read as `liqlab.settings.load` does when absent.
     limit : int
@@ -142,6 +149,9 @@ async def measure(
     Budget
     """
     settings = settings or load()
+    if cluster := as_cluster(redis):
+        of: dict[str, Any] = {"settings": settings, "limit": limit, "max_seconds": max_seconds, "progress": progress}
+        return added({node.name: await measure(node.redis, **of) for node in await cluster.nodes()}, settings)
     stats, memory = await _snapshot(redis)
     server = await capabilities(redis)
     total = int(await redis.dbsize())
@@ -346,13 +356,28 @@ def _summary(
                 "error_bytes": round(error),
             }
         )
-    numbers = ["keys", "members", "bytes", "error_bytes"]
-    families = pd.DataFrame(rows, columns=["family", "share", *numbers]).astype(dict.fromkeys(numbers, "int64"))
-    families["bytes_per_member"] = families["bytes"] / families["members"].clip(lower=1)
-    families = families.set_index("family")
+    families = pd.DataFrame(rows, columns=["family", "share", *_NUMBERS]).astype(dict.fromkeys(_NUMBERS, "int64"))
+    return _budget(families.set_index("family"), keys, used, maxmemory, stats["all"], settings)
 
+
+def added(nodes: dict[str, Budget], settings: Settings) -> Budget:
+    """Return the sum of the budgets of a cluster's nodes, by ``host:port``."""
+    each = list(nodes.values())
+    families = pd.concat([one.families for one in each]).groupby(level="family", sort=False)
+    total = families[list(_NUMBERS)].sum()
+    total.insert(0, "share", families["share"].first())
+    used, maxmemory = (sum(getattr(one, name) for one in each) for name in ("used_memory", "maxmemory"))
+    made = _budget(total, pd.concat([one.keys for one in each]), used, maxmemory, {}, settings)
+    overhead = pd.DataFrame([one.overhead for one in each]).sum().astype("int64").rename("bytes")
+    return replace(made, overhead=overhead, nodes=nodes)
+
+
+def _budget(
+    families: pd.DataFrame, keys: pd.DataFrame, used: int, maxmemory: int, stats: dict[str, Any], settings: Settings
+) -> Budget:
+    families["bytes_per_member"] = families["bytes"] / families["members"].clip(lower=1)
     budget = settings.budget.model_dump()
-    table = families.groupby("share")[numbers].sum()
+    table = families.groupby("share")[list(_NUMBERS)].sum()
     names = [*schema.SHARES[:-1], *([FOREIGN] if FOREIGN in table.index else []), UNATTRIBUTED]
     table = table.reindex(names, fill_value=0).astype("int64")
     table.index.name = "part"
@@ -362,7 +387,7 @@ def _summary(
     table["used_pct"] = table["bytes"] / table["budget_bytes"].where(table["budget_bytes"] > 0) * 100
 
     top = keys.nlargest(1_000, "bytes").round({"bytes": 0}).astype({"bytes": "int64"}).reset_index(drop=True)
-    return Budget(table, families, top, used, maxmemory, _overhead(stats["all"], int(table["bytes"].iloc[-1])))
+    return Budget(table, families, top, used, maxmemory, _overhead(stats, int(table["bytes"].iloc[-1])))
 
 
 def _overhead(stats: dict[str, Any], unattributed: int) -> pd.Series:

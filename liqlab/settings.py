@@ -192,6 +192,13 @@ class Server(_Section):
         return value
 
 
+class Cluster(_Section):
+    """How long a failover may take (`failover_s`), and a replica to have a batch before it counts (`replica_ms`)."""
+
+    failover_s: Annotated[float, Field(ge=0)] = 30.0
+    replica_ms: Annotated[int, Field(ge=0, le=60_000)] = 1_000
+
+
 class Feeds(_Section):
     """What reading a feed needs to know and cannot find in it."""
 
@@ -265,6 +272,7 @@ class Settings(BaseSettings):
     journal: Journal = Journal()
     cleanup: Cleanup = Cleanup()
     server: Server = Server()
+    cluster: Cluster = Cluster()
     feeds: Feeds = Feeds()
     monitor: Monitor = Monitor()
 

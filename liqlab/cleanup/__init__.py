@@ -11,18 +11,20 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from redis.asyncio import Redis
-from redis.exceptions import OutOfMemoryError, ResponseError
-from redis.utils import str_if_bytes
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
 from liqlab import clock, schema, sealing
-from liqlab.budget import FOREIGN, UNATTRIBUTED, Budget, human, measure
+from liqlab.budget import FOREIGN, UNATTRIBUTED, Budget, added, human, measure
 from liqlab.cleanup import backup, families
+from liqlab.cleanup.defragment import defragment
 from liqlab.cleanup.families import Freed
 from liqlab.cleanup.pressure import Action, Pressure, Tier
+from liqlab.cluster import Cluster, as_cluster, infos
 from liqlab.settings import Settings, load
 
 __all__ = ["Action", "Cleaner", "Pressure", "Tier"]
@@ -36,7 +38,6 @@ _SPARE: Final = 16 << 20  # bytes of RSS beyond used_memory that are nothing to 
 _PATIENCE: Final = 40  # looks, 5 ms apart, at what is freed in the background
 _LITTLE: Final = 1 << 20
 _RSS_S: Final = 0.25  # the server looks at its RSS ten times a second
-_DEFRAG_S: Final = 10.0
 _HEADROOM: Final = 0.02  # of the streams' share that a cut leaves free, lest every batch have to cut again
 _GROWTH: Final = 0.05  # of another share, likewise: it is looked at every five minutes only
 _log: Final = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ class Cleaner:
     Parameters
     ----------
     redis : redis.asyncio.Redis
-        A client that returns bytes; it may trim, delete and set TTLs.
+        A client that returns bytes; it may trim, delete and set TTLs. On a cluster each primary, as it is found at each
+        round, is kept within its own maxmemory by a cleaner of its own, and `measured` is the sum.
     settings : Settings, optional
         `budget`, `retention`, `thresholds`, `cleanup`, `writer`, `shards`; `liqlab.settings.load()` when absent.
     dry_run : bool
@@ -63,6 +65,8 @@ class Cleaner:
     tier : Tier
     measured : Budget or None
         What families took when they were last measured.
+    nodes : dict of str to Cleaner
+        Of a cluster, the cleaner of each primary, by ``host:port``.
     """
 
     def __init__(
@@ -80,14 +84,16 @@ class Cleaner:
         self.measured: Budget | None = None
         self._redis = redis
         self._on_action = on_action
+        self._cluster = as_cluster(redis)
+        self.nodes: dict[str, Cleaner] = {}
         self._overdraft = 0.0  # bytes that the server itself takes beyond the buffer's share
         self._now_ms = 0
         self._round: list[Action] = []
 
     @property
     def tier(self) -> Tier:
-        """The tier at the last look."""
-        return self.pressure.tier
+        """The tier at the last look; of a cluster, that of the node under most pressure."""
+        return max((one.tier for one in self.nodes.values()), default=self.pressure.tier)
 
     async def trim(self, now_ms: int | None = None) -> list[Action]:
         """Look at the pressure, seal what has left the hot window, and bring the streams within their bytes.
@@ -103,6 +109,8 @@ class Cleaner:
             What it did, in order; likewise the three that follow.
         """
         now_ms = self._begin(now_ms)
+        if self._cluster:
+            return await self._each(self._cluster, Cleaner.trim)
         used, limit = await self._memory()
         old, tier = self.tier, self.pressure.update(used / limit, now_ms)
         if tier is not old:
@@ -122,6 +130,8 @@ class Cleaner:
     async def check(self, now_ms: int | None = None) -> list[Action]:
         """Bring candles and sketches within their bytes, give cooldowns a TTL that have none, look at the process."""
         self._begin(now_ms)
+        if self._cluster:
+            return await self._each(self._cluster, Cleaner.check)
         used, limit = await self._memory()
         await self._sweep(limit)
         await self._act("expire", "cooldown", self._without_ttl("cooldown"))
@@ -131,12 +141,10 @@ class Cleaner:
     async def compact(self, now_ms: int | None = None) -> list[Action]:
         """Remove idle VWAPs and silent streams, write daily summaries, give orphaned keys the TTL of their family."""
         now_ms = self._begin(now_ms)
-        await self._seal(partial=True)
-        for shard in schema.shards_of(self.settings):
-            await self._act("drop", "events", families.empty_streams(self._redis, shard, dry_run=self.dry_run))
-        idle_ms = now_ms - 1000 * self.settings.retention.vwap_s
-        await self._act("drop", "vwap", families.idle_vwaps(self._redis, idle_ms, dry_run=self.dry_run))
-        await self._act("expire", "all", self._without_ttl(None))
+        if self._cluster:
+            await self._each(self._cluster, Cleaner._compact)
+        else:
+            await self._compact(now_ms)
         if self._folder is not None and not self.dry_run:
             await self._act(
                 "archive",
@@ -145,15 +153,29 @@ class Cleaner:
             )
         return self._round
 
+    async def _compact(self, now_ms: int) -> None:
+        await self._seal(partial=True)
+        for shard in schema.shards_of(self.settings):
+            await self._act("drop", "events", families.empty_streams(self._redis, shard, dry_run=self.dry_run))
+        idle_ms = now_ms - 1000 * self.settings.retention.vwap_s
+        await self._act("drop", "vwap", families.idle_vwaps(self._redis, idle_ms, dry_run=self.dry_run))
+        await self._act("expire", "all", self._without_ttl(None))
+
     async def daily(self, now_ms: int | None = None) -> list[Action]:
         """Back critical data up, defragment, begin a new count of unique symbols."""
         now_ms = self._begin(now_ms)
         if self._folder is not None and not self.dry_run:
             await self._act("backup", "critical", backup.critical(self._redis, self._folder, now_ms, self.settings))
-        if not self.dry_run:
-            await self._act("defragment", "all", self._defragment())
-        await self._act("reset", "unique_symbols", self._reset())
+        if self._cluster:
+            await self._each(self._cluster, Cleaner._daily)
+        else:
+            await self._daily(now_ms)
         return self._round
+
+    async def _daily(self, now_ms: int) -> None:
+        if not self.dry_run:
+            await self._act("defragment", "all", defragment(self._redis))
+        await self._act("reset", "unique_symbols", self._reset())
 
     @property
     def _folder(self) -> Path | None:
@@ -164,14 +186,44 @@ class Cleaner:
         self._now_ms = clock.now_ms() if now_ms is None else now_ms
         return self._now_ms
 
+    async def _each(self, cluster: Cluster, job: Callable[[Cleaner, int], Coroutine[Any, Any, Any]]) -> list[Action]:
+        """Let the cleaner of each primary do a job; what one node cannot do keeps no other from it.
+
+        Raises
+        ------
+        redis.exceptions.RedisError
+            Of a node that failed, when the others are done.
+        """
+        nodes, problem, was = {node.name: node for node in await cluster.nodes()}, None, self.nodes
+        self.nodes = {}
+        for name, node in nodes.items():
+            own = node.settings(self.settings)
+            made = was.get(name) or Cleaner(node.redis, settings=own, dry_run=self.dry_run, on_action=self._taker(name))
+            self.nodes[name] = made
+            made.settings = own  # slots may have moved
+            made._begin(self._now_ms)
+            try:
+                await job(made, self._now_ms)
+            except RedisError as error:
+                problem = error
+        found = {name: one.measured for name, one in self.nodes.items() if one.measured}
+        self.measured = added(found, self.settings) if found else None
+        if problem:
+            raise problem
+        return self._round
+
+    def _taker(self, node: str) -> Callable[[Action], None]:
+        return lambda action: self._keep(replace(action, node=node))
+
     async def _memory(self) -> tuple[int, int]:
         """Return `used_memory` once nothing is being freed in the background any more, and maxmemory."""
         for _ in range(_PATIENCE):
-            memory = await self._redis.info("memory")
-            if not memory.get("lazyfree_pending_objects"):
+            found = await infos(self._redis, "memory")
+            if not any(memory.get("lazyfree_pending_objects") for memory in found):
                 break
             await asyncio.sleep(0.005)
-        return int(memory["used_memory"]), int(memory["maxmemory"]) or self.settings.server.maxmemory
+        limits = [int(memory["maxmemory"]) or self.settings.server.maxmemory for memory in found]
+        return sum(int(memory["used_memory"]) for memory in found), sum(limits)
 
     def _target(self, share: str, limit: int) -> float:
         """Return the bytes of a share; what the server itself takes beyond the buffer is taken from all alike."""
@@ -196,12 +248,15 @@ class Cleaner:
     def _note(self, what: str, family: str, freed: Freed, before: int, after: int) -> None:
         name = self.tier.name.lower()
         action = Action(self._now_ms, name, what, family, freed.keys, freed.events, before, after, freed.detail)
-        self._round.append(action)
-        self.actions.append(action)
         _log.info(
             "%s %s: %d keys, %d events, %d bytes freed; %s",
             *("would " * self.dry_run + what, family, freed.keys, freed.events, action.freed, freed.detail),
         )
+        self._keep(action)
+
+    def _keep(self, action: Action) -> None:
+        self._round.append(action)
+        self.actions.append(action)
         if self._on_action is not None:
             self._on_action(action)
 
@@ -220,7 +275,7 @@ class Cleaner:
 
     async def _bound_streams(self, limit: int) -> None:
         shards = schema.shards_of(self.settings)
-        target = self._target("streams", limit) / len(shards)
+        target = self._target("streams", limit) / max(len(shards), 1)
         for shard in shards:
             now = await families.streams(self._redis, shard)
             if now.bytes > target:
@@ -316,29 +371,6 @@ class Cleaner:
             return Freed(detail=f"{words}, of {human(may_take)} that the process may take" if full else words)
 
         await self._act("purge", "all", work())
-
-    async def _defragment(self) -> Freed:
-        """Let the server defragment itself for a while, where it can, and give empty pages back."""
-        redis = self._redis
-        before = await redis.info("memory")
-        how = "MEMORY PURGE"
-        was = (await redis.config_get("activedefrag")).get("activedefrag", "")
-        if str_if_bytes(was or "") == "no":
-            try:
-                await redis.config_set("activedefrag", "yes")
-                how = "active defragmentation and MEMORY PURGE"
-                deadline = clock.elapsed_s() + _DEFRAG_S
-                while clock.elapsed_s() < deadline:
-                    await asyncio.sleep(0.2)
-                    if not int((await redis.info("memory")).get("active_defrag_running", 0)):
-                        break
-                await redis.config_set("activedefrag", "no")
-            except ResponseError:  # not this server's allocator
-                pass
-        await redis.memory_purge()
-        after = await redis.info("memory")
-        ratios = [float(one["mem_fragmentation_ratio"]) for one in (before, after)]
-        return Freed(detail=f"{how}: fragmentation {ratios[0]:.2f} to {ratios[1]:.2f}")
 
     async def _reset(self) -> Freed:
         keys = [schema.BY_NAME["unique_symbols"].key(shard=shard) for shard in schema.shards_of(self.settings)]

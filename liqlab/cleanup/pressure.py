@@ -41,6 +41,8 @@ class Action:
         `used_memory`; equal in a dry run.
     detail : str
         One sentence.
+    node : str
+        Of a cluster, whose memory it is about, ``host:port``; empty on a single server.
     """
 
     at_ms: int
@@ -52,6 +54,7 @@ class Action:
     bytes_before: int
     bytes_after: int
     detail: str
+    node: str = ""
 
     @property
     def freed(self) -> int:
