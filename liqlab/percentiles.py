@@ -148,7 +148,7 @@ class _Buckets(Method):
             for command in self._commands(key, events.rows(rows), rows):
                 pipe.execute_command(*command)
             pipe.execute_command("EXPIRE", key, ttl)
-            if len(pipe.command_stack) >= _PAGE:
+            if len(pipe) >= _PAGE:
                 await pipe.execute()
         await pipe.execute()
         self._added += len(events)

@@ -40,7 +40,7 @@ class Alert:
     """One change of level."""
 
     at_ms: int  # wall time, since the epoch
-    name: str  # server, memory, rss, evictions, breaker, journal
+    name: str  # server, nodes, memory, rss, evictions, breaker, journal
     level: Level  # OK where the alert is over
     was: Level
     message: str
@@ -102,6 +102,12 @@ class Alarms:
             yield "server", Level.CRITICAL, f"it does not answer ({health.error})"
         else:
             yield "server", Level.OK, "it answers"
+            level = Level.WARNING if health.down else Level.OK
+            yield (
+                "nodes",
+                level,
+                f"of {health.nodes} nodes {health.nodes_down} are down: {', '.join(health.down) or '-'}",
+            )
             size = f"{human(health.used_memory or 0)} of {human(health.maxmemory or 0)}"
             level = self._by_lines("memory", health.used_ratio, lines.warning)
             yield "memory", level, f"{size} used, {health.used_ratio or 0:.1%} of maxmemory"

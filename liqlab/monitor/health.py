@@ -17,6 +17,8 @@ from redis.exceptions import RedisError, ResponseError
 
 from liqlab import clock, schema
 from liqlab.budget import human
+from liqlab.cluster import as_cluster
+from liqlab.monitor.nodes import across
 from liqlab.server import redact
 from liqlab.settings import Settings, load
 from liqlab.writer import Writer
@@ -51,6 +53,9 @@ class Health:
         The `LONGEST` longest event streams and their entries.
     cleanup_kinds : dict of str to int
         Actions of cleanup by their kind.
+    down : tuple of str
+        The nodes of a cluster that do not answer, or that it takes for gone, as ``host:port``. Of a cluster, counts and
+        bytes are the sum of its primaries, ratios those of the one that is worst off.
     """
 
     at_ms: int
@@ -80,6 +85,10 @@ class Health:
     streams: int | None = _metric("data", "event_streams", "", "streams of hot events")
     blocks: int | None = _metric("data", "sealed_blocks", "", "blocks of sealed events")
     longest: tuple[tuple[str, int], ...] = ()
+
+    nodes: int | None = _metric("cluster", "cluster_nodes", "", "nodes of the cluster, replicas too")
+    nodes_down: int | None = _metric("cluster", "cluster_nodes_down", "", "of them, those that do not answer")
+    down: tuple[str, ...] = ()
 
     breaker: str | None = _metric("writer", "breaker_state", "", "closed, half-open or open")
     breaker_s: float | None = _metric("writer", "breaker_state_seconds", "s", "since its last change")
@@ -159,12 +168,16 @@ async def measure(
     """
     settings = settings or load()
     found: dict[str, Any] = {**_of_writer(writer), **_of_cleanup(cleanup)}
+
+    async def look(server: Redis) -> dict[str, Any]:
+        return _of_server(await server.info(*_SECTIONS), settings) | await _of_streams(server)
+
     task = asyncio.current_task()
     cancelled = task.cancelling() if task else 0
     try:
         async with asyncio.timeout(_PATIENCE_S):
-            found |= _of_server(await redis.info(*_SECTIONS), settings)
-            found |= await _of_streams(redis)
+            cluster = as_cluster(redis)
+            found |= await (across(cluster, look, LONGEST) if cluster else look(redis))
     except (RedisError, OSError) as error:  # OSError: the built-in TimeoutError too
         found["error"] = redact(f"{type(error).__name__}: {error}".removesuffix(": "))
     if task and task.cancelling() > cancelled:

@@ -23,6 +23,7 @@ from liqlab import clock
 from liqlab.archive import count
 from liqlab.cleanup import Cleaner
 from liqlab.cleanup.schedule import EventClock
+from liqlab.cluster import infos
 from liqlab.detector import Alert, Detector
 from liqlab.detector import table as alert_table
 from liqlab.events import Columns, EventError, check, run_starts
@@ -270,14 +271,13 @@ async def at_speed(events: pd.DataFrame, writer: Writer, seconds: float) -> None
 
 
 async def _evicted(redis: Redis) -> int:
-    return int((await redis.info("stats"))["evicted_keys"])
+    return sum(int(stats["evicted_keys"]) for stats in await infos(redis, "stats"))
 
 
 async def _point(redis: Redis, ts_ms: int, events: int) -> dict[str, int]:
-    memory = await redis.info("memory")
     return {
         "ts_ms": ts_ms,
         "events": events,
-        "used_memory": int(memory["used_memory"]),
+        "used_memory": sum(int(memory["used_memory"]) for memory in await infos(redis, "memory")),
         "keys": int(await redis.dbsize()),
     }

@@ -15,6 +15,7 @@ from liqlab import clock, schema
 from liqlab.archive import count
 from liqlab.candles import WIDTHS
 from liqlab.cleanup import Action, Cleaner, Tier
+from liqlab.cluster import infos
 from liqlab.detector import Alert
 from liqlab.events import Columns, run_starts
 from liqlab.sealing import Ahead, ahead, seal
@@ -59,16 +60,14 @@ class Rounds:
         """Run `Cleaner.check`, up to half an hour later where what has come since could not exceed a share."""
         budget = self.settings.budget
         calm = await self._left(min(budget.statistics, budget.percentile)) > 0
-        if calm or (now_ms < self._again_ms and int((await self._redis.info("memory"))["used_memory"]) < self._fills):
+        if calm or (now_ms < self._again_ms and await self._used() < self._fills):
             return []
         done = self._counted(await self._cleaner.check(now_ms))
-        if self._cleaner.measured:
-            table = self._cleaner.measured.table.loc[["statistics", "percentile"]]
-            used = int((await self._redis.info("memory"))["used_memory"])
-            self._fills, self._again_ms = (
-                used + float((table["budget_bytes"] - table["bytes"]).min()),
-                now_ms + _CALM_MS,
-            )
+        if measured := self._cleaner.measured:
+            # Of a cluster: until all that came could lie on the node that has the least room.
+            tables = [one.table.loc[["statistics", "percentile"]] for one in measured.nodes.values() or [measured]]
+            room = min(float((table["budget_bytes"] - table["bytes"]).min()) for table in tables)
+            self._fills, self._again_ms = await self._used() + room, now_ms + _CALM_MS
         return done
 
     async def compact(self, now_ms: int) -> list[Action]:
@@ -82,10 +81,15 @@ class Rounds:
 
     async def _left(self, share: float) -> float:
         """Return the bytes that may be used until a round can find something to do; 0 in a tier of pressure."""
-        memory = await self._redis.info("memory")
-        limit = int(memory["maxmemory"]) or self.settings.server.maxmemory
-        part = share * (_CLOSE if share <= self.settings.budget.buffer else 0.5)
-        return max(part * limit - int(memory["used_memory"]), 0) if self._cleaner.tier is Tier.NORMAL else 0
+        part, most = share * (_CLOSE if share <= self.settings.budget.buffer else 0.5), self.settings.server.maxmemory
+        left = [
+            part * (int(memory["maxmemory"]) or most) - int(memory["used_memory"])
+            for memory in await infos(self._redis, "memory")
+        ]
+        return max(min(left), 0) if self._cleaner.tier is Tier.NORMAL else 0
+
+    async def _used(self) -> int:
+        return sum(int(memory["used_memory"]) for memory in await infos(self._redis, "memory"))
 
     def _counted(self, done: list[Action]) -> list[Action]:
         self.events += sum(action.events for action in done)
