@@ -21,6 +21,7 @@ from redis.commands.core import AsyncScript
 from redis.crc import key_slot
 from redis.exceptions import (
     AskError,
+    AuthenticationError,
     ClusterDownError,
     NoScriptError,
     ReadOnlyError,
@@ -214,13 +215,15 @@ class Cluster(_BySlot, RedisCluster):  # type: ignore[misc]
         redis.exceptions.ConnectionError
             None of them answers.
         redis.exceptions.ResponseError
-            The server is not a node of a cluster.
+            The server is no node of a cluster, or refuses the user; then an AuthenticationError too.
         """
         try:
             await super().initialize(*args, **kwargs)
         except RedisClusterException as error:
             if "mode is not enabled" in str(error):
                 raise ResponseError("this server is no node of a cluster; write redis:// for a single one") from None
+            if isinstance(error.__cause__, AuthenticationError | ResponseError):
+                raise error.__cause__ from None
             raise RedisConnectionError(str(error)) from error
         return self
 
@@ -256,6 +259,8 @@ class Cluster(_BySlot, RedisCluster):  # type: ignore[misc]
                 if self._initialize:
                     await self.initialize()
                 return await once()
+            except AuthenticationError:  # a ConnectionError that time does not heal
+                raise
             except SlotNotCoveredError as error:
                 problem: Exception = RedisConnectionError(str(error))
             except FAILOVER as error:

@@ -258,12 +258,15 @@ class Link:
         node, seq = self._taken.get(shard, ("", 0))
         if not seq or await cluster.owner(shard) == node:
             return
-        del self._taken[shard]
         mark = await self._redis.hget(schema.BY_NAME["writer"].key(self._name, shard=shard), "seq")
-        if int(mark or 0) < seq:
-            self._acknowledged.pop(shard, None)
-            self._counts.memory_lost += 1
-            raise MemoryLostError(f"the node that took the place of {node} lacks batches that {node} had acknowledged")
+        if int(mark or 0) >= seq:
+            del self._taken[shard]
+            return
+        for other in [other for other, (its, _) in self._taken.items() if its == node]:  # one loss, told once
+            del self._taken[other]
+            self._acknowledged.pop(other, None)
+        self._counts.memory_lost += 1
+        raise MemoryLostError(f"the node that took the place of {node} lacks batches that {node} had acknowledged")
 
     async def _take(self, batch: Batch, shard: int | None, late: int, trimmed: int, *epoch: bytes) -> None:
         """Note what the script answered of a shard: done, done before, or not done for other names."""

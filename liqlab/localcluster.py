@@ -112,7 +112,7 @@ def _ready(client: Any, primaries: int) -> bool:
     )
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Return ports that nobody listens on: all at once, lest one come twice."""
     with ExitStack() as stack:
         taken = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -159,7 +159,7 @@ def serve(
         "repl-diskless-sync-delay": "0",
     }
     count = primaries * (1 + replicas)
-    ports = _free_ports(2 * count)
+    ports = free_ports(2 * count)
     made = LocalCluster()
     try:
         for port, bus in zip(ports[:count], ports[count:], strict=True):

@@ -25,7 +25,10 @@ local call, pcall, format, match = redis.call, redis.pcall, string.format, strin
 local mark = ahead and 'ahead:' .. format('%.0f', seq) or 'seq'
 local last = call('HGET', KEYS[1], mark)
 local head = call('LRANGE', KEYS[2], 0, 1)
-if last and (ahead or tonumber(last) >= seq) then return {-2, 0, head[1] or ''} end
+if last and (ahead or tonumber(last) >= seq) then
+  call('EXPIRE', KEYS[1], mark_ttl) -- a write, so that WAIT behind it is about all before it, on whatever connection
+  return {-2, 0, head[1] or ''}
+end
 if (head[1] or '') ~= names[1] or math.max(call('LLEN', KEYS[2]) - 2, 0) ~= names[2] then return {-1, 0} end
 if not head[1] then call('RPUSH', KEYS[2], names[3], '0') end
 for i = 1, #names[4] do call('RPUSH', KEYS[2], names[4][i]) end

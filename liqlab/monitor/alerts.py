@@ -103,11 +103,8 @@ class Alarms:
         else:
             yield "server", Level.OK, "it answers"
             level = Level.WARNING if health.down else Level.OK
-            yield (
-                "nodes",
-                level,
-                f"of {health.nodes} nodes {health.nodes_down} are down: {', '.join(health.down) or '-'}",
-            )
+            names = ", ".join(health.down) or "none"
+            yield "nodes", level, f"of {health.nodes or 1} nodes, these are down: {names}"
             size = f"{human(health.used_memory or 0)} of {human(health.maxmemory or 0)}"
             level = self._by_lines("memory", health.used_ratio, lines.warning)
             yield "memory", level, f"{size} used, {health.used_ratio or 0:.1%} of maxmemory"
