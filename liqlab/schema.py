@@ -20,7 +20,7 @@ from liqlab.settings import Settings
 
 SHARES: Final = ("streams", "vwap", "percentile", "statistics", "misc", "buffer")
 _SYMBOL: Final = ".+"
-_TAG: Final = re.compile(rb"(?<=:)\{\d+\}(?=:|$)")
+_TAG: Final = re.compile(rb"[^:]+:\{(\d+)\}(?=:|$)")
 
 
 @lru_cache(maxsize=1 << 14)  # of a batch most are those of the last one
@@ -228,12 +228,17 @@ def shards_of(settings: Settings) -> Sequence[int | None]:
     return [None] if settings.shards == 1 else range(settings.shards)
 
 
-def by_tag(keys: Iterable[bytes]) -> list[list[bytes]]:
-    """Return keys in groups of the same shard tag, or of none: on a cluster one call may name those of one group."""
-    groups: dict[bytes, list[bytes]] = {}
+def shard_of_key(key: bytes) -> int | None:
+    """Return the shard whose tag a key carries, None where it has none."""
+    found = _TAG.match(key)
+    return int(found[1]) if found else None
+
+
+def by_shard(keys: Iterable[bytes]) -> list[list[bytes]]:
+    """Return keys in groups of the same tag, or of none: on a cluster one call may name those of one group."""
+    groups: dict[int | None, list[bytes]] = {}
     for key in keys:
-        found = _TAG.search(key)
-        groups.setdefault(found[0] if found else b"", []).append(key)
+        groups.setdefault(shard_of_key(key), []).append(key)
     return list(groups.values())
 
 

@@ -1,6 +1,7 @@
 """liqlab on a real Redis Cluster: three primaries with a replica each, of the server that `serve` prefers."""
 
 import asyncio
+import importlib
 import json
 import os
 import signal
@@ -20,9 +21,10 @@ from liqlab.cluster import Cluster, Node, as_cluster, infos
 from liqlab.detector import Detector, signals
 from liqlab.link import Counts, Link
 from liqlab.localcluster import LocalCluster
+from liqlab.migrate import MigrateError, reshard
 from liqlab.monitor import Alarms, Level
 from liqlab.percentiles import METHODS
-from liqlab.schema import BY_NAME, NodeSettings, by_tag, shard_of, shards_of
+from liqlab.schema import BY_NAME, NodeSettings, by_shard, shard_of, shard_of_key, shards_of
 from liqlab.server import ServerError, capabilities, connect
 from liqlab.settings import Settings, SettingsError, load
 from tests.test_cli import liqlab as command
@@ -30,6 +32,7 @@ from tests.test_cli import liqlab as command
 SHARDS = 8
 START_MS = 1_700_000_000_000
 DATA = Path(__file__).parent.parent / "data" / "normal-6h.jsonl.gz"
+module = importlib.import_module("liqlab.migrate.reshard")  # the function has its name
 pytestmark = pytest.mark.timeout(60)
 
 
@@ -142,7 +145,7 @@ async def test_the_url_needs_its_password_and_does_not_show_it(cluster: LocalClu
     host = next(iter(cluster.nodes))
     client = connect(f"redis+cluster://{host}", settings=settings)
     began = clock.elapsed_s()
-    with pytest.raises(RedisError, match="HELLO must be called|Authentication required"):
+    with pytest.raises(RedisError, match=r"HELLO must be called|Authentication required"):
         await client.get("a")
     assert clock.elapsed_s() - began < 5
 
@@ -188,12 +191,13 @@ async def test_every_shard_has_one_node(redis: Redis, settings: Settings) -> Non
     assert len(await infos(redis, "memory")) == 3
 
 
-def test_keys_are_grouped_by_tag() -> None:
-    assert by_tag([b"vwap:{1}:A", b"vwap:{2}:B", b"vwap:{1}:C", b"liqc:{2}"]) == [
+def test_keys_are_grouped_by_shard() -> None:
+    assert by_shard([b"vwap:{1}:A", b"vwap:{2}:B", b"vwap:{1}:C", b"liqc:{2}"]) == [
         [b"vwap:{1}:A", b"vwap:{1}:C"],
         [b"vwap:{2}:B", b"liqc:{2}"],
     ]
-    assert by_tag([b"vwap:A", b"vwap:B"]) == [[b"vwap:A", b"vwap:B"]]
+    assert by_shard([b"vwap:A", b"vwap:B"]) == [[b"vwap:A", b"vwap:B"]]
+    assert [shard_of_key(key) for key in (b"liq:{12}", b"liq", b"liq:A:{1}", b"alert:{0}:A:buy")] == [12, None, None, 0]
 
 
 def test_settings_of_a_node_keep_all_others(settings: Settings) -> None:
@@ -512,3 +516,106 @@ async def test_what_a_promoted_replica_lacks_comes_from_the_journal(frail: Local
         assert writer.counts.memory_lost == 1
         found = await liqlab.history(client, settings=settings)
         assert sorted((found["ts_ms"] - START_MS).tolist()) == list(range(1_200))
+
+
+# Another number of shards
+
+
+async def kept(client: Redis, settings: Settings, end_ms: int) -> dict[str, pd.DataFrame]:
+    names = [f"S{n}" for n in range(40)]
+    found = await quantiles.distributions(client, names, end_ms=end_ms, settings=settings)
+    return {
+        "history": same(await liqlab.history(client, settings=settings)),
+        "quantiles": pd.DataFrame([one.quantiles([0.5, 0.99]) for one in found]),
+        "signals": await signals(client, settings=settings),
+        "candles": same(await candles.every(client, "1m")),
+    }
+
+
+async def filled(client: Redis, settings: Settings) -> dict[str, pd.DataFrame]:
+    now_ms = clock.now_ms() - 40 * clock.MINUTE_MS
+    table = archive.Columns.of_events(event(n)._replace(ts_ms=now_ms + 500 * n) for n in range(4_000)).table()
+    await liqlab.Writer(client, settings=settings).write_table(table)
+    await sealing.seal(client, now_ms=clock.now_ms(), settings=settings, partial=True)
+    shard = shard_of("A:B", settings.shards)
+    await client.hset(BY_NAME["position"].key("A:B", shard=shard), mapping={"size": 7})
+    await client.set(BY_NAME["cooldown"].key("A:B", side="buy", shard=shard), 5, ex=500)
+    await client.set("temp:x", 1)
+    found = await kept(client, settings, clock.now_ms())
+    assert len(found["history"]) == 4_000
+    assert found["quantiles"].notna().all().all()
+    return found
+
+
+async def check_moved(client: Redis, settings: Settings, before: dict[str, pd.DataFrame]) -> None:
+    for name, table in (await kept(client, settings, clock.now_ms())).items():
+        pd.testing.assert_frame_equal(table, before[name], obj=name)
+    shard = shard_of("A:B", settings.shards)
+    assert await client.hgetall(BY_NAME["position"].key("A:B", shard=shard)) == {b"size": b"7"}
+    assert 400 < await client.ttl(BY_NAME["cooldown"].key("A:B", side="buy", shard=shard)) <= 500
+    keys = [key async for key in client.scan_iter()]
+    assert {shard_of_key(key) for key in keys if key != b"temp:x"} <= set(range(settings.shards))
+
+
+async def test_shards_are_changed_in_place_and_interrupted(
+    redis: Redis, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, new = await filled(redis, settings), load(shards=5)
+    monkeypatch.setattr(module, "_WINDOW", 1_000)
+    sent = Link.send
+
+    class StoppedError(Exception):
+        pass
+
+    for calls in (0, 1, 3):
+        left = [calls]
+
+        async def stopping(self: Link, batch: object, left: list[int] = left) -> None:
+            if not left[0]:
+                raise StoppedError
+            left[0] -= 1
+            await sent(self, batch)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Link, "send", stopping)
+        with pytest.raises(StoppedError):
+            await reshard(redis, folder=tmp_path / "move", shards=5, settings=settings)
+    monkeypatch.setattr(Link, "send", sent)
+    steps: list[tuple[int, int]] = []
+    done = await reshard(
+        redis, folder=tmp_path / "move", shards=5, settings=settings, progress=lambda *step: steps.append(step)
+    )
+    assert (done.phase, done.events, steps[-1]) == ("done", 4_000, (4_000, 4_000))
+    await check_moved(redis, new, before)
+    assert await redis.get("temp:x") == b"1"
+    again = await reshard(redis, folder=tmp_path / "move", shards=5, settings=settings)
+    assert again == done
+    with pytest.raises(MigrateError, match="change from 8 to 5"):
+        await reshard(redis, folder=tmp_path / "move", shards=6, settings=settings)
+    with pytest.raises(MigrateError, match="shards = 5 already"):
+        await reshard(redis, folder=tmp_path / "none", shards=5, settings=new)
+    # Budget, cleanup and writing go on under the new number.
+    await liqlab.Writer(redis, settings=new).write_table(archive.Columns.of_events([event(0)]).table())
+    assert len(await liqlab.history(redis, settings=new)) == 4_001
+
+
+async def test_one_server_moves_to_a_cluster(
+    redis: Redis, default_redis: Redis, settings: Settings, tmp_path: Path
+) -> None:
+    before = await filled(default_redis, load())
+    with pytest.raises(SettingsError, match="shards = 1"):
+        await reshard(default_redis, folder=tmp_path / "a", shards=1, settings=load(), target=redis)
+    await reshard(default_redis, folder=tmp_path / "b", shards=SHARDS, settings=load(), target=redis)
+    await check_moved(redis, settings, before)
+    assert len(await liqlab.history(default_redis, settings=load())) == 4_000
+    with pytest.raises(MigrateError, match="the target holds events"):
+        await reshard(default_redis, folder=tmp_path / "c", shards=SHARDS, settings=load(), target=redis)
+
+
+async def test_events_that_come_in_between_are_not_removed(redis: Redis, settings: Settings) -> None:
+    await filled(redis, settings)
+    late = archive.Columns.of_events([event(1)]).table()
+    await liqlab.Writer(redis, settings=settings).write_table(late)
+    state = module.Resharded("name", SHARDS, 5, 100, events=4_000)
+    with pytest.raises(MigrateError, match="1 events came after"):
+        await module._remove(redis, settings, state)
+    assert len(await liqlab.history(redis, settings=settings)) == 4_001

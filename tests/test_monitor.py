@@ -231,7 +231,7 @@ async def test_the_text_is_what_prometheus_reads(default_redis: Redis, tmp_path:
     assert found["liqlab_cleanup_actions_by_kind"] == ("gauge", {"trim": 1})
     assert found["liqlab_redis_up"] == ("gauge", {"": 1})
     assert found["liqlab_look_timestamp_seconds"] == ("gauge", {"": health.at_ms / 1000})
-    declared = {each for each in health.as_dict() if each not in ("at_ms", "error", "longest", "cleanup_kinds")}
+    declared = {each for each in health.as_dict() if each not in ("at_ms", "error", "longest", "down", "cleanup_kinds")}
     unknown = {name for name in declared if getattr(health, name) is None}
     assert len(found) == len(declared - unknown) + 3  # every figure that is known, up, the time, the kinds
 

@@ -26,7 +26,8 @@ MODULES = sorted((ROOT / "liqlab").rglob("*.py"))
 FLOORS = (
     ("clock", "settings", "events"),
     ("schema", "codecs"),
-    ("feeds", "config", "server"),  # the server that liqlab starts takes its directives from config
+    # The server that liqlab starts takes its directives from config; it connects to clusters, and they are made of it.
+    ("feeds", "config", "cluster", "server", "localcluster"),
     # DESIGN.md's `history` is called archive here, since `liqlab.history` is a function; what made journal and
     # writer too long stands before them. `percentiles` needs the writer, which needs `quantiles`.
     (

@@ -23,7 +23,7 @@ from redis.exceptions import TimeoutError as TimeoutError_
 
 from liqlab import server as module
 from liqlab.server import Server, ServerError, binaries, capabilities, connect, directives, redact, serve
-from liqlab.settings import load
+from liqlab.settings import SettingsError, load
 
 SECRET = "hunter2"
 
@@ -393,9 +393,9 @@ def test_no_url_names_the_cure() -> None:
         connect()
 
 
-def test_cluster_urls_are_refused_for_now() -> None:
-    with pytest.raises(ServerError, match="clusters are not supported yet") as caught:
-        connect(f"redis+cluster://user:{SECRET}@host:7000")
+def test_cluster_urls_need_shards() -> None:
+    with pytest.raises(SettingsError, match=r"shards = 1: .* set LIQLAB_SHARDS=16") as caught:
+        connect(f"redis+cluster://user:{SECRET}@host:7000", settings=load())
     assert SECRET not in str(caught.value)
 
 

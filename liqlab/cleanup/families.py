@@ -271,7 +271,7 @@ async def idle_vwaps(redis: Redis, before_ms: int, *, dry_run: bool) -> Freed:
     """Remove the VWAPs that nothing was added to since a time; a TTL does it too, unless something took it away."""
     script, count = redis.register_script(_DROP_IDLE), 0
     keys = [key async for key in redis.scan_iter(match="vwap:*", count=_PAGE)]
-    for part in schema.by_tag(keys):
+    for part in schema.by_shard(keys):
         for start in range(0, len(part), _PAGE):
             count += int(await script(keys=part[start : start + _PAGE], args=[before_ms, int(dry_run)]))
     return Freed(count, 0, f"idle since {when(before_ms)}" if count else "")

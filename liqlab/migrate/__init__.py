@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from liqlab.migrate.phases import checklist
 from liqlab.migrate.planning import Plan, plan
+from liqlab.migrate.reshard import Resharded, reshard
 from liqlab.migrate.restoring import restore
 from liqlab.migrate.result import Migrated
 from liqlab.migrate.run import migrate
 from liqlab.migrate.sources import MigrateError
 
-__all__ = ["MigrateError", "Migrated", "Plan", "checklist", "migrate", "plan", "restore"]
+__all__ = ["MigrateError", "Migrated", "Plan", "Resharded", "checklist", "migrate", "plan", "reshard", "restore"]

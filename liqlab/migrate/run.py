@@ -83,7 +83,7 @@ async def migrate(
             return result(folder, [DRY] * len(folder.manifest.keys), {}, made)
     path.parent.mkdir(parents=True, exist_ok=True)
     made = None
-    with _alone(path.parent):
+    with alone(path.parent):
         if path.exists():
             folder = Folder(path)
             await _same_server(redis, folder, settings, remove)
@@ -165,7 +165,7 @@ async def _same_server(redis: Redis, folder: Folder, settings: Settings, removin
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Keep a second process out, which would make the same backup at the same time."""
     handle = os.open(folder, os.O_RDONLY)
     try:
