@@ -341,18 +341,27 @@ async def test_one_process_runs_the_schedule(redis: Redis, settings: Settings) -
     await asyncio.gather(*runs, return_exceptions=True)
 
 
-def test_commands_take_the_url(cluster: LocalCluster, redis: Redis) -> None:
+def test_commands_take_the_url(cluster: LocalCluster, redis: Redis, events: pd.DataFrame, tmp_path: Path) -> None:
     url = {"LIQLAB_REDIS_URL": cluster.url, "LIQLAB_SHARDS": str(SHARDS)}
-    measured = json.loads(command("budget", "--json", **url).stdout)
-    assert len(measured["nodes"]) == 3
+    feed = str(tmp_path / "feed.csv")
+    liqlab.write_feed(events.iloc[:200], feed)
+    played = json.loads(command("ingest", feed, "--redis", cluster.url, "--set", f"shards={SHARDS}", "--json").stdout)
+    assert played["ingest"]["held"] == 200
+    assert len(played["budget"]["nodes"]) == 3
+    shown = command("budget", **url).stdout
+    assert all(name in shown for name in played["budget"]["nodes"])
     health = json.loads(command("monitor", "--json", **url).stdout)
     assert (health["error"], health["nodes"], health["down"]) == (None, 6, [])
     done = command("cleanup", "--dry-run", **url)
     assert done.returncode == 0, done.stderr
+    done = command("doctor", **url)
+    assert "a cluster of 6 nodes, 3 primaries" in done.stdout.replace("\n", " ")
     refused = command("cleanup", LIQLAB_REDIS_URL=cluster.url)
     assert refused.returncode != 0
     assert "LIQLAB_SHARDS=16" in refused.stderr
     assert "Traceback" not in refused.stderr
+    moved = json.loads(command("reshard", str(tmp_path / "move"), "--to", "12", "--json", **url).stdout)
+    assert (moved["phase"], moved["before"], moved["shards"], moved["events"]) == ("done", SHARDS, 12, 200)
 
 
 # Faults

@@ -28,7 +28,7 @@ from liqlab.cli.options import (
     on_server,
     paths,
 )
-from liqlab.cli.terminal import budget_table, change_table, log, plain_table, print_json, progress, screen
+from liqlab.cli.terminal import budget_table, change_table, log, nodes_table, plain_table, print_json, progress, screen
 from liqlab.settings import Settings, SettingsError
 
 app = typer.Typer(
@@ -43,7 +43,7 @@ for _command in (
     *(study.quantiles, study.detect, study.replay),
     *(tune.size, tune.tune, tune.recommend, tune.app),
     recording.record,
-    *(operate.cleanup, operate.restore, operate.monitor, operate.config, operate.migrate),
+    *(operate.cleanup, operate.restore, operate.monitor, operate.config, operate.migrate, operate.reshard),
 ):
     app.command()(_command)
 
@@ -177,7 +177,7 @@ def ingest(
     from liqlab.replay import ingest as play
 
     async def run(url: str) -> tuple[Any, Any]:
-        async with server.connect(url) as client:
+        async with server.connect(url, settings=chosen) as client:
             with progress("ingest") as step:
                 done = await play(recorded, client, settings=chosen, expire=expire, progress=step)
             with progress("measure") as step:
@@ -248,7 +248,12 @@ def budget(
                 return await module.measure(client, settings=chosen, limit=limit, progress=step)
 
     measured = asyncio.run(run(redis)).as_dict()
-    print_json(measured) if as_json else screen.print(budget_table(measured))
+    if as_json:
+        print_json(measured)
+    else:
+        screen.print(budget_table(measured))
+        if measured["nodes"]:
+            screen.print(nodes_table(measured["nodes"]))
     _fail(fail_on, measured["over"])
 
 

@@ -12,6 +12,7 @@ from typing import Final
 from redis.exceptions import RedisError
 
 from liqlab import server, settings
+from liqlab.cluster import as_cluster
 
 # What each extra is for, and the distributions that it cannot do without.
 _EXTRAS: Final = {
@@ -54,7 +55,7 @@ def checks() -> Iterator[tuple[str, bool | None, str]]:
     if url is not None:
         try:
             yield "LIQLAB_REDIS_URL", True, asyncio.run(_describe(url.get_secret_value()))
-        except (RedisError, OSError, server.ServerError) as error:
+        except (RedisError, OSError, server.ServerError, settings.SettingsError) as error:
             yield "LIQLAB_REDIS_URL", False, str(error)
 
 
@@ -68,4 +69,7 @@ def _version(name: str) -> str | None:
 async def _describe(url: str) -> str:
     async with server.connect(url) as client:
         found = await server.capabilities(client)
-    return f"{found.kind} {found.version}, {found.allocator}"
+        nodes = await cluster.topology() if (cluster := as_cluster(client)) else []
+    primaries = sum(node.primary and not node.failed for node in nodes)
+    of = f", a cluster of {len(nodes)} nodes, {primaries} primaries" if nodes else ""
+    return f"{found.kind} {found.version}, {found.allocator}{of}"

@@ -1,4 +1,4 @@
-"""Commands for a server that runs for a year: cleanup, restore, monitor, config, migrate."""
+"""Commands for a server that runs for a year: cleanup, restore, monitor, config, migrate, reshard."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def _sentence(action: Action) -> str:
 
     freed = f", {human(action.freed)} freed" if action.freed > 0 else ""
     counts = f": {action.keys:,} keys" * (action.keys > 0) + f", {action.events:,} events" * (action.events > 0)
-    return f"{action.tier:>9}  {action.what} {action.family}{counts}{freed}; {action.detail}"
+    node = f"{action.node}  " if action.node else ""
+    return f"{action.tier:>9}  {node}{action.what} {action.family}{counts}{freed}; {action.detail}"
 
 
 def restore(
@@ -207,6 +208,42 @@ def migrate(
         _show_migrated(made)
     if not made.ok:
         raise typer.Exit(1)
+
+
+def reshard(
+    folder: Annotated[Path, typer.Argument(help="Where all is kept that is read; it stays.")],
+    shards: Annotated[int, typer.Option("--to", min=1, max=1024, help="The new number of shards.")],
+    redis: Url = None,
+    target: Annotated[str | None, typer.Option(help="Another server or cluster, without events; by its URL.")] = None,
+    options: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Change the number of shards, in place or onto another server: on from one server to a cluster.
+
+    End every writer before. The setting `shards` is the present number. Interrupted, the same command goes on.
+
+    Example: liqlab reshard backups/shards --to 32 --set shards=16
+    """
+    from dataclasses import asdict
+
+    from liqlab import migrate as module
+    from liqlab import server
+
+    chosen = chosen_settings(options)
+
+    async def run(client: Redis) -> module.Resharded:
+        with progress("reshard") as step:
+            given: dict[str, Any] = {"folder": folder, "shards": shards, "settings": chosen, "progress": step}
+            if target is None:
+                return await module.reshard(client, **given)
+            async with server.connect(target, settings=chosen.model_copy(update={"shards": shards})) as into:
+                return await module.reshard(client, target=into, **given)
+
+    done = _with_client(redis, chosen, run)
+    if as_json:
+        print_json(asdict(done))
+    else:
+        screen.print(f"{done.events:,} events and {done.keys:,} keys of symbols are in {done.shards} shards: set that")
 
 
 def _show_migrated(made: Any) -> None:

@@ -58,6 +58,23 @@ def budget_table(measured: dict[str, Any]) -> Table:
     return table
 
 
+def nodes_table(nodes: dict[str, dict[str, Any]]) -> Table:
+    """Show `Budget.as_dict()` of each node of a cluster in a row."""
+    from liqlab.budget import human
+
+    table = Table(title="by node", box=box.SIMPLE_HEAD)
+    parts = [row["part"] for row in next(iter(nodes.values()))["shares"] if row["part"] != "foreign"]
+    for name in ("node", "used_memory", "of", *parts):
+        table.add_column(name, justify="left" if name == "node" else "right")
+    for name, one in nodes.items():
+        used = {row["part"]: row["used_pct"] for row in one["shares"]}
+        table.add_row(
+            name, human(one["used_memory"]), human(one["maxmemory"]), *(f"{used[part] or 0:.1f} %" for part in parts),
+            style="red" if one["over"] else "",
+        )  # fmt: skip
+    return table
+
+
 def change_table(since: str, rows: list[dict[str, Any]]) -> Table:
     """Show what differs from an earlier report."""
     table = Table(title=f"changed since {since}", box=box.SIMPLE_HEAD)
