@@ -200,7 +200,7 @@ class Cluster(_BySlot, RedisCluster):  # type: ignore[misc]
         self.failover_s = failover_s
         self._url, self._options = url, options
         self._clients: dict[str, Redis] = {}
-        self._unreplicated: set[str] = set()  # nodes without a replica that had the last batch in time
+        self._confirms: dict[str, bool] = {}  # by node: whether a replica had the last batch in time
         given: dict[str, Any] = {**options, **parse_url(url)}
         if given.pop("connection_class", None) is SSLConnection:
             given["ssl"] = True
@@ -329,6 +329,7 @@ class Cluster(_BySlot, RedisCluster):  # type: ignore[misc]
         if not nodes:
             self._initialize = True
             raise RedisConnectionError(f"no node has the slot of shard {shard}")
+        self._confirms.setdefault(nodes[0].name, len(nodes) > 1)
         return nodes[0]
 
     async def replicated(self, script: AsyncScript, calls: Calls, replica_ms: int) -> dict[int, Reply]:
@@ -360,7 +361,7 @@ class Cluster(_BySlot, RedisCluster):  # type: ignore[misc]
     async def _on_node(self, node: ClusterNode, calls: Calls, script: AsyncScript, replica_ms: int) -> dict[int, Reply]:
         sent = [PipelineCommand(n, "EVALSHA", script.sha, len(keys), *keys, *args) for n, (keys, args) in calls.items()]
         # A replica that is away would hold up every batch: after the first, it is only glanced at until it is back.
-        wait_ms = min(replica_ms, _GLANCE_MS) if node.name in self._unreplicated else replica_ms
+        wait_ms = replica_ms if self._confirms[node.name] else min(replica_ms, _GLANCE_MS)
         wait = [PipelineCommand(-1, "WAIT", 1, wait_ms)] if replica_ms else []
         try:
             await node.execute_pipeline([*sent, *wait])
@@ -371,7 +372,7 @@ class Cluster(_BySlot, RedisCluster):  # type: ignore[misc]
             lost = error if isinstance(error, RedisError) else RedisConnectionError(str(error))
             return dict.fromkeys(calls, Reply(lost, node.name, False))
         replicated = any(isinstance(one.result, int) and one.result > 0 for one in wait)
-        (self._unreplicated.discard if replicated else self._unreplicated.add)(node.name)
+        self._confirms[node.name] = replicated
         return {one.position: Reply(one.result, node.name, replicated) for one in sent}
 
 

@@ -193,7 +193,7 @@ def _words(value: str) -> list[object]:
 
 _READS: Final = (
     "+@transaction +auth +hello +ping +echo +quit +reset +select +client +command -@dangerous -client|tracking",
-    "+info +time +dbsize +acl|whoami +memory|usage +memory|stats +memory|malloc-stats",
+    "+info +time +dbsize +acl|whoami +cluster|nodes +cluster|slots +memory|usage +memory|stats +memory|malloc-stats",
     "+type +exists +ttl +pttl +expiretime +pexpiretime +object",
     "+xrange +xrevrange +xread +xlen +xinfo",
     "+get +mget +getrange +strlen +lrange +lindex +llen +scard +smembers +sismember",
@@ -203,6 +203,7 @@ _READS: Final = (
 _WRITES: Final = (
     "+@read +@write +@connection +@transaction -@scripting -@admin -@dangerous",
     "+eval +evalsha +script|load +script|exists +info +time +memory +config|get +acl|whoami",
+    "+wait +cluster|nodes +cluster|slots",  # on a cluster: for a replica, for who is who
 )
 _OPERATES: Final = (
     "+@all -flushall -flushdb -swapdb -keys -debug -shutdown -module -replicaof -slaveof -failover -migrate",

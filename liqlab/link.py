@@ -27,7 +27,7 @@ _SCRIPT: Final = files("liqlab").joinpath("write.lua").read_text()
 _ATTEMPTS: Final = 3
 _BACKOFF_S: Final = 0.05
 _OTHER_NAMES, _REPEATED = -1, -2  # what write.lua answers instead of a number of late events
-_LONGEST_S: Final = 0.5  # of a pause between two tries
+_LONGEST_S: Final = 0.25  # of a pause between two tries
 
 
 class MemoryLostError(RuntimeError):

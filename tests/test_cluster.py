@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import json
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 
 import liqlab
-from liqlab import archive, budget, candles, clock, localcluster, monitor, quantiles, sealing
+from liqlab import archive, budget, candles, clock, config, localcluster, monitor, quantiles, sealing
 from liqlab.cleanup import Cleaner, backup, schedule
 from liqlab.cluster import Cluster, Node, as_cluster, infos
 from liqlab.detector import Detector, signals
@@ -362,6 +363,27 @@ def test_commands_take_the_url(cluster: LocalCluster, redis: Redis, events: pd.D
     assert "Traceback" not in refused.stderr
     moved = json.loads(command("reshard", str(tmp_path / "move"), "--to", "12", "--json", **url).stdout)
     assert (moved["phase"], moved["before"], moved["shards"], moved["events"]) == ("done", SHARDS, 12, 200)
+
+
+async def test_the_deployed_users_may_do_their_work(
+    cluster: LocalCluster, redis: Redis, settings: Settings, events: pd.DataFrame
+) -> None:
+    rules = dict(line.split(" ", 2)[1:] for line in config.acl().splitlines())
+    for node in await of(redis).topology():
+        for user in ("writer", "notebook"):
+            words = re.findall(r"\([^)]*\)|\S+", rules[user].replace("off ", "on >secret ", 1))
+            await node.redis.execute_command("ACL SETUSER", user, *words)
+    host = next(iter(cluster.nodes))
+    async with connect(f"redis+cluster://writer:secret@{host}", settings=settings) as writing:
+        await liqlab.ingest(
+            events.iloc[:500], writing, settings=settings, detector=Detector(writing, settings=settings)
+        )
+        assert all(action.what != "refused" for action in await Cleaner(writing, settings=settings).trim())
+        assert (await monitor.measure(writing, settings=settings)).error is None
+    async with connect(f"redis+cluster://notebook:secret@{host}", settings=settings) as reading:
+        assert len(await liqlab.history(reading, settings=settings)) == 500
+        with pytest.raises(RedisError, match="permission"):
+            await reading.set("temp:x", 1)
 
 
 # Faults
