@@ -233,7 +233,7 @@ class Link:
         done = await self._cluster.replicated(self._script, wanted, self._settings.cluster.replica_ms)
         for number, reply in done.items():
             answers[number] = reply.answer
-            if isinstance(reply.answer, Exception):
+            if isinstance(reply.answer, Exception) or reply.answer[0] == _OTHER_NAMES:  # nothing was written
                 continue
             if not batch.ahead:
                 self._taken[number] = reply.node, batch.seq
