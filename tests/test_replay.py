@@ -285,3 +285,17 @@ async def test_a_server_that_is_too_small_loses_events_to_cleanup_and_evicts_non
 async def test_a_replay_of_nothing_says_so(default_redis: Redis) -> None:
     with pytest.raises(EventError, match="holds no event"):
         await replay(empty(), default_redis)
+
+
+async def test_sets_of_values_end_on_the_feeds_clock_too(default_redis: Redis) -> None:
+    """A slice of a quiet feed is longer than a key's life: what ends within it must not come back."""
+    events = synth("quiet", hours=6, symbols=20, seed=3)
+    window = {"percentile_window_s": 1_800, "percentile_bucket_s": 1_800}
+    await ingest(events, default_redis, settings=settings.load(detector={"method": "exact"}, retention=window))
+    last = events.groupby([events["symbol"].astype(str), events["ts_ms"] // 1_800_000])["ts_ms"].max()
+    now_ms = int(events["ts_ms"].iloc[-1]) // MINUTE * MINUTE
+    alive = last[last + HOUR > now_ms]
+    assert 0 < len(alive) < len(last)
+    found = await keys(default_redis)
+    assert {key for key in found if key.startswith("size:")} == {f"size:{name}:{at}" for name, at in alive.index}
+    assert not [key for key in found if key.startswith("sketch:")]

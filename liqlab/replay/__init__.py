@@ -209,6 +209,8 @@ async def ingest(
     known = None if detector or rounds else cuts[cuts > 0].tolist()
     async for start, stop in writer.write_slices(events, known or stops()):
         now_ms = now_at(stop)
+        if not method.written:  # before keys end: what begins again in this slice has been removed at its begin
+            await method.add(columns.rows(slice(start, stop)))
         if stop in samples:
             timeline.append(await _point(redis, int(times[stop - 1]), stop))
         if schedule:
@@ -217,8 +219,6 @@ async def ingest(
             await seals.run(stop)
         if expire:
             await expiry.run(redis, now_ms if stop < total else max(last_ms, until_ms or 0))
-        if not method.written:
-            await method.add(columns.rows(slice(start, stop)))
         while visit and asked and (asked[0] <= now_ms or stop == total):
             await visit(asked.pop(0))
         if stop < total:
