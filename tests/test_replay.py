@@ -289,7 +289,7 @@ async def test_a_replay_of_nothing_says_so(default_redis: Redis) -> None:
 
 async def test_sets_of_values_end_on_the_feeds_clock_too(default_redis: Redis) -> None:
     """A slice of a quiet feed is longer than a key's life: what ends within it must not come back."""
-    events = synth("quiet", hours=6, symbols=20, seed=3)
+    events = synth("quiet", hours=1_000, symbols=20, rate_per_min=0.02, seed=3)
     window = {"percentile_window_s": 1_800, "percentile_bucket_s": 1_800}
     await ingest(events, default_redis, settings=settings.load(detector={"method": "exact"}, retention=window))
     last = events.groupby([events["symbol"].astype(str), events["ts_ms"] // 1_800_000])["ts_ms"].max()
