@@ -1,6 +1,6 @@
 """How fast the models are: a move of each slider of the panel, a sweep beside a replay, two Dask workers beside one.
 
-python benchmarks/bench_tuning.py [--quick] [--events 1000000] [--settings 1296]
+python benchmarks/bench_tuning.py [--quick] [--events 1000000] [--settings 3888]
 
 A slider move is what the kernel does between two figures: the models and the update of the panel's figure. The rival of
 a sweep is the replay of the same feed under one setting by `liqlab.ingest`: writer, sealing and expiry, no detector.
@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of the events and settings; nothing is recorded")
     parser.add_argument("--events", type=int, default=1_000_000)
-    parser.add_argument("--settings", type=int, default=1_296, help="combinations of the sweep; all are 3,888")
+    parser.add_argument("--settings", type=int, default=3_888, help="combinations of the sweep: all of them")
     options = parser.parse_args()
     size, count = (
         (options.events // 10, options.settings // 10) if options.quick else (options.events, options.settings)
