@@ -7,6 +7,7 @@ a pytest that broke off without a failed test to blame.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -89,6 +90,8 @@ def notebooks(stage: Stage) -> None:
 
 def main() -> int:
     BUILD.mkdir(exist_ok=True)
+    # Who starts this in the background may have Ctrl-C ignored, and so would all that tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     stages = []
     for name, work in {
         "lint": lint,
