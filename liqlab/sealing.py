@@ -181,7 +181,6 @@ async def _read(redis: Redis, shard: int | None, limit_ms: int, enough: int) -> 
     if not epoch or limit_ms <= sealed:
         return None
     streams = await streams_of(redis, shard, names, None)
-    each = await _last_each(redis, shard)
     pages: dict[str, list[Alike]] = {key: [] for key, _ in streams}
     ids: dict[str, list[bytes]] = {key: [] for key in pages}
     times: dict[str, NDArray[np.int64]] = {key: times_of([]) for key in pages}
@@ -204,6 +203,7 @@ async def _read(redis: Redis, shard: int | None, limit_ms: int, enough: int) -> 
         end_ms = min([limit_ms, *(int(times[key][-1]) for key in starts)])
         if not starts or sum(int(ms.searchsorted(end_ms)) for ms in times.values()) >= enough:
             break
+    each = await _last_each(redis, shard) if any(ids.values()) else []
     columns = list(pages.values()), list(ids.values()), list(times.values())
     return _Front(names, sealed, each, streams, *columns, end_ms, end_ms == limit_ms)
 

@@ -414,6 +414,7 @@ def test_of_earlier_reports_that_of_a_week_ago_is_compared(tmp_path):
     for day, hour in ((9, 6), (3, 7), (3, 5), (2, 6), (1, 6)):
         path = tmp_path / f"2026-01-{day:02}-{hour:02}10.json"
         path.write_text(json.dumps({"at": datetime(2026, 1, day, hour, 10, tzinfo=UTC).isoformat()}))
-    (tmp_path / "2026-01-03-0610-mine.json").write_text("{}")
+    for name in ("2026-01-03-0610-mine.json", "2026-01-32-0610.json"):
+        (tmp_path / name).write_text("{}")
     assert dated._earlier(out, here, now).name == "2026-01-03-0710.json"
     assert dated._earlier(out, here, now - timedelta(days=4)).name == "2026-01-01-0610.json"

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,7 +21,7 @@ from liqlab.report.cells import ReportError, changes
 from liqlab.report.execute import Progress, Report, run
 from liqlab.settings import Settings
 
-LATEST: Final = "latest.html"
+_LATEST: Final = "latest.html"
 _LOCK: Final = ".liqlab-report.lock"
 _WEEK: Final = timedelta(days=7)
 _EARLY: Final = timedelta(hours=1)  # by which a run a week ago may have been later in its day
@@ -108,10 +108,10 @@ def keep(
         about = {"at": now.isoformat(), "liqlab": __version__, "page": page.name, "since": since and since.name}
         _write(beside, about | {"changes": records(changed.reset_index())} | figures)
         failed.unlink(missing_ok=True)
-        link = page.with_name(f".{LATEST}")
+        link = page.with_name(f".{_LATEST}")
         link.unlink(missing_ok=True)
         link.symlink_to(page.name)
-        link.replace(page.with_name(LATEST))
+        link.replace(page.with_name(_LATEST))
         return Kept(made, beside, since, changed, list(_pruned(pattern, count)))
 
 
@@ -138,31 +138,32 @@ def _write(path: Path, values: Mapping[str, Any]) -> None:
     temporary.replace(path)  # whole or not at all
 
 
-def _made(pattern: Path, suffix: str) -> dict[str, Path]:
-    """Return the files that runs under a pattern have left, by their date and time, the oldest first."""
+def _made(pattern: Path, suffix: str) -> dict[datetime, Path]:
+    """Return the files that runs under a pattern have left, by when the names say that was, the oldest first."""
     name = re.escape(pattern.with_suffix("").name)
     for word, (_, form) in _FORMS.items():
         name = name.replace(re.escape(f"{{{word}}}"), f"(?P<{word}>{form})", 1)
-    found = {
-        " ".join(match.groupdict().get(word, "") for word in _FORMS): path
-        for path in pattern.parent.iterdir()
-        if (match := re.fullmatch(name + re.escape(suffix), path.name))
-    }
+    found = {}
+    for path in pattern.parent.iterdir():
+        if match := re.fullmatch(name + re.escape(suffix), path.name):
+            words = match.groupdict()
+            with suppress(ValueError):  # digits, but no date
+                found[datetime.strptime(f"{words['date']} {words.get('time', '0000')}Z", "%Y-%m-%d %H%M%z")] = path
     return dict(sorted(found.items()))
 
 
 def _earlier(pattern: Path, page: Path, now: datetime) -> Path | None:
     """Return the figures of the newest run that is a week old, else of the oldest; None where there is none."""
-    found = [path for path in _made(pattern, ".json").values() if path.stem != page.stem]
-    old = [path for path in found if now - datetime.fromisoformat(json.loads(path.read_text())["at"]) >= _WEEK - _EARLY]
-    return old[-1] if old else found[0] if found else None
+    found = {at: path for at, path in _made(pattern, ".json").items() if path.stem != page.stem}
+    old = [path for at, path in found.items() if now - at >= _WEEK - _EARLY]
+    return old[-1] if old else next(iter(found.values()), None)
 
 
 def _pruned(pattern: Path, count: int) -> Iterator[Path]:
     """Remove all but the newest pages, and what lies beside older ones; yield what went."""
     oldest = list(_made(pattern, pattern.suffix))[-count:][0]
     for suffix in (pattern.suffix, ".json", ".failed.json", ".failed.ipynb"):
-        for stamp, path in _made(pattern, suffix).items():
-            if stamp < oldest:
+        for at, path in _made(pattern, suffix).items():
+            if at < oldest:
                 path.unlink()
                 yield path

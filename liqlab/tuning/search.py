@@ -38,6 +38,7 @@ SPACE: Final[dict[str, tuple[Any, ...]]] = {
 }
 _Part = list[dict[str, Any]]  # combinations that are tried together
 _Shared = dict[Hashable, dict[str, Any]]  # what is shared, by key, and a combination that it is part of
+_Rounds = Iterator[tuple[dict[int, _Part], list[_Shared]]]  # parts, and the groups of what they have in common
 _DEAREST: Final = ("quality", "events", "percentile", "others")  # groups of what is shared
 _AT_ONCE: Final = REMEMBERED - 56  # of them, and room for what else is remembered
 MINIMISED: Final = ("used_bytes", "threshold_error_pct")
@@ -158,9 +159,7 @@ def _digest(prepared: Prepared, base: Settings, calibration: Calibration | None)
     return digest.hexdigest()
 
 
-def _rounds(
-    prepared: Prepared, base: Settings, calibration: Calibration | None, parts: Mapping[int, _Part]
-) -> Iterator[tuple[dict[int, _Part], list[_Shared]]]:
+def _rounds(prepared: Prepared, base: Settings, calibration: Calibration | None, parts: Mapping[int, _Part]) -> _Rounds:
     """Yield some of the parts, and what they have in common: no more at a time than a feed remembers."""
     window_s, taken = base.retention.percentile_window_s, dict[int, _Part]()
     groups: dict[tuple[Hashable, ...], _Shared] = {}
@@ -213,7 +212,7 @@ def _here(
     prepared: Prepared,
     base: Settings,
     calibration: Calibration | None,
-    rounds: Iterator[tuple[dict[int, _Part], list[_Shared]]],
+    rounds: _Rounds,
     keep: Callable[[int, pd.DataFrame], None],
 ) -> None:
     for parts, groups in rounds:
@@ -238,7 +237,7 @@ def _on_dask(
     prepared: Prepared,
     base: Settings,
     calibration: Calibration | None,
-    rounds: Iterator[tuple[dict[int, _Part], list[_Shared]]],
+    rounds: _Rounds,
     keep: Callable[[int, pd.DataFrame], None],
     *,
     address: str | None,
