@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +27,17 @@ from liqlab.cli.options import (
     on_server,
     paths,
 )
-from liqlab.cli.terminal import budget_table, change_table, log, nodes_table, plain_table, print_json, progress, screen
+from liqlab.cli.terminal import (
+    budget_table,
+    change_table,
+    log,
+    nodes_table,
+    plain_table,
+    print_json,
+    progress,
+    screen,
+    wait,
+)
 from liqlab.settings import Settings, SettingsError
 
 app = typer.Typer(
@@ -156,7 +165,7 @@ def serve(options: Set = None, seconds: Annotated[float | None, typer.Option(hel
     with suppress(KeyboardInterrupt), start(settings=chosen_settings(options)) as running:
         screen.print(running.url, soft_wrap=True)
         log.print("Ctrl-C stops it and removes everything.")
-        threading.Event().wait(seconds)
+        wait(lambda: None, seconds)
 
 
 @app.command()

@@ -1,8 +1,9 @@
-"""How results and progress look in a terminal."""
+"""How results and progress look in a terminal, and how Ctrl-C there ends a wait."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -12,12 +13,31 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from liqlab.clock import elapsed_s
+
 if TYPE_CHECKING:
     import pandas as pd
 
 screen: Final = Console(highlight=False)
 # Standard error, so that --json and the path that `report` prints can be piped.
 log: Final = Console(stderr=True, highlight=False, soft_wrap=True)
+
+_LOOK_S: Final = 0.2
+
+
+def wait(ended: Callable[[], int | None], seconds: float | None) -> int | None:
+    """Return what `ended` returns once that is not None, and None after `seconds`.
+
+    In steps, because a wait without end misses a signal that comes after Python last looked for one and before the
+    system begins to wait.
+    """
+    deadline_s = None if seconds is None else elapsed_s() + seconds
+    while (code := ended()) is None:
+        left_s = _LOOK_S if deadline_s is None else min(_LOOK_S, deadline_s - elapsed_s())
+        if left_s <= 0:
+            break
+        time.sleep(left_s)
+    return code
 
 
 @contextmanager

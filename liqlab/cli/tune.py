@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from liqlab.cli.options import OVER_BUDGET, Json, on_feed, on_private
-from liqlab.cli.terminal import log, print_json, progress, screen
+from liqlab.cli.terminal import log, print_json, progress, screen, wait
 from liqlab.settings import Settings, SettingsError, changed, parse_bytes, setting
 
 if TYPE_CHECKING:
@@ -175,11 +175,12 @@ def app(
 
     with tempfile.TemporaryDirectory(prefix="liqlab-app-") as folder:
         words = command(Path(folder), recorded.events, export_to.absolute(), port=port, browser=browser)
-        log.print(f"http://127.0.0.1:{port}/  Ctrl-C stops it.")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a service is stopped: as by Ctrl-C
+        log.print(f"http://127.0.0.1:{port}/  Ctrl-C stops it.")
         process = subprocess.Popen([sys.executable, *words], env=with_template(environment(chosen)))
-        with suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
-            raise typer.Exit(process.wait(seconds))
+        with suppress(KeyboardInterrupt):
+            if (code := wait(process.poll, seconds)) is not None:
+                raise typer.Exit(code)
         process.terminate()  # Voila ends its kernels with itself
         process.wait()
 
