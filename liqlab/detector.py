@@ -215,6 +215,13 @@ class Detector:
                     raised.append(alert)
         return raised
 
+    async def ask(self, events: Columns, rows: Rows) -> None:
+        """Learn the thresholds by which `judge` will judge some rows, all of one `detector.refresh_s`, as of now."""
+        loud = rows[~self.quiet(events, rows)]
+        if len(loud):
+            symbols = [events.symbols[code] for code in np.unique(events.symbol[loud]).tolist()]
+            await self._ask(symbols, int(events.ts_ms[loud[0]]) // (1000 * self.settings.detector.refresh_s))
+
     def quiet(self, events: Columns, rows: Rows) -> NDArray[np.bool_]:
         """Return which of some rows are in the cooldown of an alert that is known of."""
         cooldown_ms = 1000 * self.settings.retention.cooldown_s

@@ -16,7 +16,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
-from itertools import islice, pairwise, repeat
+from itertools import islice, pairwise
 from types import TracebackType
 from typing import Final
 
@@ -215,12 +215,13 @@ class Writer:
         events : pandas.DataFrame
             An event table.
         stops : iterable of int
-            Where the slices end, ascending; the first begins at 0. Of a list, a slice is packed while the server works.
+            Where the slices end, ascending; the first begins at 0. Each is asked for one slice early, which is packed
+            while the server works.
         """
-        columns, sending = Columns.of(check(events)), None
-        size, start, made = self.settings.writer.bulk_events, 0, list[Batch]()
-        following = iter([*stops[1:], None]) if isinstance(stops, list) else repeat(None)
-        for stop, after in zip(stops, following, strict=False):
+        columns, following = Columns.of(check(events)), iter(stops)
+        size, start, stop, made = self.settings.writer.bulk_events, 0, next(following, None), list[Batch]()
+        while stop is not None:
+            sending, after = None, next(following, None)
             async with self._sending:
                 await self._deliver()
                 try:
@@ -241,7 +242,7 @@ class Writer:
                         sending.cancel()
                         await asyncio.gather(sending, return_exceptions=True)
             yield start, stop
-            start, sending = stop, None
+            start, stop = stop, after
 
     def _batches(self, events: Columns, *, ahead: bool = False) -> list[Batch]:
         if self._busy:

@@ -149,7 +149,7 @@ async def all_there(redis: Redis, writer: Writer, events: pd.DataFrame) -> None:
         assert math.isclose(got["price_sum"], math.fsum(part["value"]), rel_tol=1e-9)
         assert math.isclose(got["volume_sum"], math.fsum(part["size"]), rel_tol=1e-9)
         sketch = await redis.hvals(f"sketch:{symbol}")
-        assert quantiles.unpack(sketch)[1].sum() == len(part)
+        assert sum(quantiles.unpack(field)[1].sum() for field in sketch) == len(part)
         for width in WIDTHS:
             assert (await candles(redis, symbol, width=width))["count"].sum() == len(part)
 

@@ -100,7 +100,7 @@ def test_words_hold_what_was_counted(values: list[float]) -> None:
     words, lengths = quantiles.pack(quarter[first], counts)
     assert len(words) == 2 * lengths.sum()
     assert (lengths == -(-counts // 5)).all()
-    found, weight = quantiles.unpack([bytes(quantiles.HEAD.itemsize) + words])
+    found, weight = quantiles.unpack(bytes(quantiles.HEAD.itemsize) + words)
     place = np.searchsorted(bins, log_bins(found))
     assert np.bincount(place, weight).tolist() == counts.tolist()
     alone = np.isin(log_bins(found), bins[counts == 1])
@@ -147,7 +147,7 @@ async def test_an_hour_that_is_over_is_folded(default_redis: Redis) -> None:
     await Writer(default_redis, settings=slowly).write_table(events_of(values, hours=2))
     first, second = await default_redis.hmget("sketch:A", [str(T0 // HOUR + hour) for hour in (0, 1)])
     for field, folded in ((first, True), (second, False)):
-        quarter, weight = quantiles.unpack([field])
+        quarter, weight = quantiles.unpack(field)
         place = np.unique(log_bins(quarter), return_inverse=True)[1]
         words = -(-np.bincount(place, weight) // 5)
         assert (2 * words.sum() + quantiles.HEAD.itemsize == len(field)) == folded

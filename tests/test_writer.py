@@ -145,7 +145,7 @@ async def test_sketches_count_every_event(redis: Redis, bulk: int) -> None:
         [(hour, field)] = (await redis.hgetall(key)).items()
         assert int(hour) == T0 // clock.HOUR_MS
         assert len(field) < 2 * 600  # folded: there are not many more words than bins
-        for quarter, count in zip(*quantiles.unpack([field]), strict=True):
+        for quarter, count in zip(*quantiles.unpack(field), strict=True):
             place = key.decode().split(":")[1], -(-int(quarter) // 4)
             counted[place] = counted.get(place, 0) + count
     gamma = 1.01 / 0.99
@@ -164,8 +164,7 @@ async def test_a_sketch_keeps_the_hours_of_its_window_and_one_more(default_redis
     for hour in (100, 101, 103, 102, 100, 103):  # 100 is too old when it comes for the second time
         await writer.write_table(row(hour))
     kept = {
-        int(hour): quantiles.unpack([field])[1].sum()
-        for hour, field in (await default_redis.hgetall("sketch:X")).items()
+        int(hour): quantiles.unpack(field)[1].sum() for hour, field in (await default_redis.hgetall("sketch:X")).items()
     }
     assert kept == {101: 1, 102: 1, 103: 2}
 

@@ -11,9 +11,11 @@ them together from time to time, and when the hour is over.
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -28,14 +30,17 @@ _LOG_GAMMA: Final = float(np.log((1 + ACCURACY) / (1 - ACCURACY)))
 _QUARTERS: Final = 4  # of a bin: 0 to 3 in the low three bits of a word is where its value lies; write.lua has the same
 _EACH: Final = 5  # values that a word can count, from two on: 4 to 7 in those bits
 _WORD: Final = 8
+_HEAD: Final = struct.Struct("<ddHH")
 HEAD: Final = np.dtype([("least", "<f8"), ("most", "<f8"), ("first", "<u2"), ("last", "<u2")])
 _TICKS: Final = 1 << 16  # of a bucket: 55 ms of an hour
 _MIDDLE: Final = 1 << 12  # the bin of 1 USD among the 8,192 that the other bits name: 1e-35 to 1e35 USD
 _PAGE: Final = 500
 _SCANNED: Final = 1_000
+_REMEMBERED: Final = 1 << 14  # fields: a day of 680 symbols, 10 to 70 MB
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+_Counted = tuple[bytes, float]  # a field, and which part of it is meant
 
 
 def quarters(values: Floats) -> Ints:
@@ -102,42 +107,39 @@ def heads(least: Floats, most: Floats, first: Ints, last: Ints) -> list[bytes]:
     return [text[at : at + HEAD.itemsize] for at in range(0, len(text), HEAD.itemsize)]
 
 
-def unpack(fields: Sequence[bytes], parts: ArrayLike = 1.0) -> tuple[Ints, Floats]:
+@lru_cache(_REMEMBERED)
+def unpack(field: bytes) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
     """Return the quarters that have values, ascending, and how many: those of a whole bin are spread over it.
+
+    Both are read-only, and remembered: a window is asked for time and again, and most of its buckets are over.
 
     Parameters
     ----------
-    fields : sequence of bytes, of length n
-        Of a sketch, with their heads.
-    parts : array_like of float, shape (n,)
-        Which part of what each counts is meant.
+    field : bytes
+        Of a sketch, with its head.
     """
-    _, found, weight = _unpacked(fields, parts, np.zeros(len(fields), np.int64))
-    return found, weight
-
-
-def _unpacked(fields: Sequence[bytes], parts: ArrayLike, owners: Ints) -> tuple[Ints, Ints, Floats]:
-    """Return owners, their quarters and weights, as `unpack` does of each owner's fields; by owner, then ascending."""
-    texts = [field[HEAD.itemsize :] for field in fields]
-    words = np.frombuffer(b"".join(texts), "<u2").astype(np.int64)
-    lengths = [len(text) // 2 for text in texts]
-    each = np.repeat(np.broadcast_to(np.asarray(parts, np.float64), len(texts)), lengths)
-    owner = np.repeat(owners, lengths)
+    words = np.frombuffer(field, "<u2", offset=HEAD.itemsize).astype(np.int64)
     first, low = _QUARTERS * (words // _WORD - _MIDDLE - 1) + 1, words % _WORD
     alone, many = low < _QUARTERS, low >= _QUARTERS
     spread = first[many, None] + np.arange(_QUARTERS)
-    weight = (low[many] - _QUARTERS + 2) * each[many] / _QUARTERS
     quarter = np.concatenate([(first + low)[alone], spread.ravel()])
-    counted = np.concatenate([each[alone], np.repeat(weight, _QUARTERS)])
+    each = np.repeat((low[many] - _QUARTERS + 2) / _QUARTERS, _QUARTERS)
+    weight = np.concatenate([np.ones(int(alone.sum())), each])
+    quarter, weight = _totals(quarter, weight)
+    found, count = quarter.astype(np.int16), weight.astype(np.float32)  # both hold them exactly
+    found.flags.writeable = count.flags.writeable = False
+    return found, count
+
+
+def _totals(quarter: Ints, weight: Floats) -> tuple[Ints, Floats]:
+    """Add up the weights of quarters, ascending."""
     if not len(quarter):
-        return quarter, quarter, counted
+        return quarter, weight
     # A table of all quarters there may be is filled in one pass, where sorting them would be most of the work.
     least = int(quarter.min())
-    width = int(quarter.max()) - least + 1
-    cells = np.concatenate([owner[alone], np.repeat(owner[many], _QUARTERS)]) * width + (quarter - least)
-    totals = np.bincount(cells, counted)
+    totals = np.bincount(quarter - least, weight)
     there = np.flatnonzero(totals)
-    return there // width, there % width + least, totals[there].astype(np.float64)
+    return there + least, totals[there].astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,7 @@ async def distribution(
     if symbol is not None:
         return (await distributions(redis, [symbol], end_ms=end_ms, window_s=window_s, settings=settings))[0]
     keys = [key async for key in redis.scan_iter(match="sketch:*", count=_SCANNED)]
-    return (await _asked(redis, keys, np.zeros(len(keys), np.int64), end_ms, window_s, settings or load()))[0]
+    return _merged(await _asked(redis, keys, end_ms, window_s, settings or load()))
 
 
 async def distributions(
@@ -263,29 +265,40 @@ async def distributions(
     settings = settings or load()
     family, shards = schema.BY_NAME["sketch"], settings.shards
     keys = [family.key(symbol, shard=schema.shard_of(symbol, shards)).encode() for symbol in symbols]
-    return await _asked(redis, keys, np.arange(len(keys)), end_ms, window_s, settings)
+    found = await _asked(redis, keys, end_ms, window_s, settings)
+    return [_merged([fields]) for fields in found]
 
 
 async def _asked(
-    redis: Redis, keys: Sequence[bytes], owners: Ints, end_ms: int, window_s: int | None, settings: Settings
-) -> list[Distribution]:
-    """Return the distribution of the sketches of each owner, 0 and up; there is at least one."""
+    redis: Redis, keys: Sequence[bytes], end_ms: int, window_s: int | None, settings: Settings
+) -> list[list[_Counted]]:
+    """Return the buckets of each sketch that lie in a window."""
     bucket_ms = 1000 * settings.retention.percentile_bucket_s
     start_ms = end_ms - 1000 * (window_s or settings.retention.percentile_window_s)
     buckets = range(start_ms // bucket_ms, end_ms // bucket_ms + 1)
-    fields: list[bytes] = []
-    places: list[tuple[int, int]] = []  # whose each field is, and its bucket
+    words = [b"%d" % bucket for bucket in buckets]
+    found: list[list[_Counted]] = []
     for start in range(0, len(keys), _PAGE):
         pipe = redis.pipeline(transaction=False)
         for key in keys[start : start + _PAGE]:
-            pipe.hmget(key, list(buckets))
-        for owner, found in zip(owners[start : start + _PAGE].tolist(), await pipe.execute(), strict=True):
-            for field, bucket in zip(found, buckets, strict=True):
-                if field:
-                    fields.append(field)
-                    places.append((owner, bucket))
-    count = int(owners.max(initial=0)) + 1
-    return _merged(fields, np.array(places, np.int64).reshape(-1, 2), count, start_ms, end_ms, bucket_ms)
+            pipe.execute_command(b"HMGET", key, *words)
+        for fields in await pipe.execute():
+            inside = [
+                (field, _inside(field, start_ms - bucket * bucket_ms, end_ms - bucket * bucket_ms, bucket_ms))
+                for bucket, field in zip(buckets, fields, strict=True)
+                if field
+            ]
+            found.append([(field, part) for field, part in inside if part > 0])
+    return found
+
+
+def _inside(field: bytes, start_ms: int, end_ms: int, bucket_ms: int) -> float:
+    """Return which part of what a field counts came after `start_ms` and up to `end_ms` of its bucket, 0 to 1."""
+    first, last = _HEAD.unpack_from(field)[2:]
+    low = math.floor((start_ms + 1) * _TICKS / bucket_ms)
+    high = math.ceil((end_ms + 1) * _TICKS / bucket_ms)
+    part: float = (min(last + 1, high) - max(first, low)) / (last + 1 - first)
+    return min(max(part, 0.0), 1.0)
 
 
 def window_parts(end_ms: int, window_ms: int, bucket_ms: int) -> dict[int, float]:
@@ -295,31 +308,19 @@ def window_parts(end_ms: int, window_ms: int, bucket_ms: int) -> dict[int, float
     return {at: min(1.0, ((at + 1) * bucket_ms - first_ms) / bucket_ms) for at in range(first, last + 1)}
 
 
-def _merged(
-    fields: list[bytes], places: Ints, count: int, start_ms: int, end_ms: int, bucket_ms: int
-) -> list[Distribution]:
-    """Add up the fields of each of `count` owners, as far as what they count came after `start_ms`, up to `end_ms`."""
-    head = np.frombuffer(b"".join(field[: HEAD.itemsize] for field in fields), HEAD)
-    begin_ms = places[:, 1].astype(np.float64) * bucket_ms
-    low = np.floor((start_ms + 1 - begin_ms) * _TICKS / bucket_ms)
-    high = np.ceil((end_ms + 1 - begin_ms) * _TICKS / bucket_ms)
-    first, last = head["first"].astype(np.float64), head["last"] + 1.0
-    part = np.clip((np.minimum(last, high) - np.maximum(first, low)) / (last - first), 0, 1)
-    inside = np.flatnonzero(part)
-    owners = places[inside, 0]
-    least, most = np.full(count, np.inf), np.full(count, -np.inf)
-    np.minimum.at(least, owners, head["least"][inside])
-    np.maximum.at(most, owners, head["most"][inside])
-    owner, found, weight = _unpacked([fields[at] for at in inside.tolist()], part[inside], owners)
+def _merged(sketches: Sequence[Sequence[_Counted]]) -> Distribution:
+    """Add up the buckets of sketches, each as far as it counts."""
+    counted = [one for sketch in sketches for one in sketch]
+    if not counted:
+        return Distribution.of([])
+    heads = [_HEAD.unpack_from(field) for field, _ in counted]
+    kept = [unpack(field) for field, _ in counted]
+    parts = np.repeat([part for _, part in counted], [len(quarter) for quarter, _ in kept])
+    quarter = np.concatenate([quarter for quarter, _ in kept])
+    found, weight = _totals(quarter.astype(np.int64), np.concatenate([weight for _, weight in kept]) * parts)
     above = np.exp(found * (_LOG_GAMMA / _QUARTERS))
     below = above * np.exp(-_LOG_GAMMA / _QUARTERS)
-    ends = np.searchsorted(owner, np.arange(count + 1)).tolist()
-    return [
-        Distribution(below[a:b], above[a:b], weight[a:b], float(least[at]), float(most[at]))
-        if np.isfinite(least[at])
-        else Distribution.of([])
-        for at, (a, b) in enumerate(pairwise(ends))
-    ]
+    return Distribution(below, above, weight, min(head[0] for head in heads), max(head[1] for head in heads))
 
 
 async def memory(redis: Redis, symbol: str, *, settings: Settings | None = None) -> int:

@@ -24,7 +24,7 @@ from liqlab.archive import count
 from liqlab.cleanup import Cleaner
 from liqlab.cleanup.schedule import EventClock
 from liqlab.cluster import infos
-from liqlab.detector import Alert, Detector
+from liqlab.detector import Alert, Detector, Rows
 from liqlab.detector import table as alert_table
 from liqlab.events import Columns, EventError, check, run_starts
 from liqlab.feeds import Feed
@@ -175,58 +175,77 @@ async def ingest(
     )
     method = detector.method if detector else METHODS[settings.detector.method](redis, settings=settings)
     rows, volume = await detector.candidates(columns) if detector else (np.empty(0, np.intp), np.empty(0))
-    place = 0  # of the first candidate that was not judged
+    # Thresholds are asked for before a step is written; whoever asks once a step can judge while it is written.
+    at_once = detector is None or 1000 * settings.detector.refresh_s % expiry.step_ms == 0
+    judging: asyncio.Task[None] | None = None
+    looked = 0  # the row up to which all was written when memory was last looked at
+
+    def end_of(row: int) -> int:
+        """Return the row that the step of a row ends before."""
+        return int(edges[edges.searchsorted(row, "right")])
 
     async def look(at: int) -> None:
-        """Judge the candidates of the step that begins at row `at`."""
-        nonlocal place, alerts
-        last = int(rows.searchsorted(edges[edges.searchsorted(at, "right")]))
-        if detector and last > place:
-            raised = await detector.judge(columns, rows[place:last], volume)
-            expiry.touch_alerts(raised)
-            alerts += raised
-        place = max(place, last)
+        """Let the candidates of the step that begins at row `at` be judged, by what is known now."""
+        nonlocal judging
+        part = rows[slice(*rows.searchsorted([at, end_of(at)]).tolist())]
+        if not detector or not len(part):
+            return
+        if at_once:
+            await detector.ask(columns, part)
+        judging = asyncio.create_task(judge(detector, part))
+        if not at_once:
+            await judging
+
+    async def judge(detector: Detector, part: Rows) -> None:
+        raised = await detector.judge(columns, part, volume)
+        expiry.touch_alerts(raised)
+        alerts.extend(raised)
 
     def stops() -> Iterator[int]:
-        """Yield where to stop next, as late as may be: `write_slices` asks when it has come to the last one."""
-        nonlocal place
+        """Yield where to stop next, as late as may be; asked for while the slice before is still to be written."""
         at = 0
         while at < total:
             stop = int(cuts[cuts.searchsorted(at, "right")])
             if detector:
-                quiet = detector.quiet(columns, rows[place : rows.searchsorted(stop)])
-                place += len(quiet) if quiet.all() else int(quiet.argmin())
-                if place < len(rows):
-                    stop = min(stop, int(edges[edges.searchsorted(rows[place], "right") - 1]))
-            if rounds and stop - at > rounds.room:
-                fits = edges.searchsorted(at + rounds.room, "right") - 1
-                stop = min(stop, int(edges[max(fits, edges.searchsorted(at, "right"))]))
+                left = rows[slice(*rows.searchsorted([end_of(at), stop]).tolist())]
+                loud = left[~detector.quiet(columns, left)]
+                if len(loud):
+                    stop = int(edges[edges.searchsorted(loud[0], "right") - 1])
+            if rounds and stop - looked > rounds.room:
+                fits = edges.searchsorted(looked + rounds.room, "right") - 1
+                stop = min(stop, max(int(edges[fits]), end_of(at)))
             yield stop
             at = stop
 
-    await look(0)
-    # Where nothing but the feed decides, all stops are known.
-    known = None if detector or rounds else cuts[cuts > 0].tolist()
-    async for start, stop in writer.write_slices(events, known or stops()):
-        now_ms = now_at(stop)
-        if not method.written:  # before keys end: what begins again in this slice has been removed at its begin
-            await method.add(columns.rows(slice(start, stop)))
-        if stop in samples:
-            timeline.append(await _point(redis, int(times[stop - 1]), stop))
-        if schedule:
-            await schedule.run(now_ms)
-        if seals:
-            await seals.run(stop)
-        if expire:
-            await expiry.run(redis, now_ms if stop < total else max(last_ms, until_ms or 0))
-        while visit and asked and (asked[0] <= now_ms or stop == total):
-            await visit(asked.pop(0))
-        if stop < total:
-            await look(stop)
-        if seals:
-            await seals.make_next(stop)
-        if progress:
-            progress(stop, total)
+    try:
+        await look(0)
+        async for start, stop in writer.write_slices(events, stops()):
+            now_ms = now_at(stop)
+            if judging:
+                await judging
+            if not method.written:  # before keys end: what begins again in this slice has been removed at its begin
+                await method.add(columns.rows(slice(start, stop)))
+            if stop in samples:
+                timeline.append(await _point(redis, int(times[stop - 1]), stop))
+            if rounds and schedule:
+                rounds.room, looked = rounds.room - (stop - start), stop
+                await schedule.run(now_ms)
+            if seals:
+                await seals.run(stop)
+            if expire:
+                await expiry.run(redis, now_ms if stop < total else max(last_ms, until_ms or 0))
+            while visit and asked and (asked[0] <= now_ms or stop == total):
+                await visit(asked.pop(0))
+            if stop < total:
+                await look(stop)
+            if seals:
+                await seals.make_next(stop)
+            if progress:
+                progress(stop, total)
+    finally:
+        if judging and not judging.done():
+            judging.cancel()
+            await asyncio.gather(judging, return_exceptions=True)
     return Ingested(
         events=writer.counts.written,
         late=writer.counts.late,
