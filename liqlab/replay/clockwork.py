@@ -44,6 +44,7 @@ class Rounds:
         self.settings = cleaner.settings
         self.events = 0  # removed
         self.room = 0  # events that may be written before the next look
+        self._found = 0  # what it was at the last one
         self.sealed_ms = 0  # up to when all is sealed
         self._again_ms = 0  # until when families need not be measured
         self._fills = 0.0  # as long as `used_memory` is below
@@ -52,8 +53,9 @@ class Rounds:
 
     async def trim(self, now_ms: int) -> list[Action]:
         """Run `Cleaner.trim`, and say how much may be written until memory has to be looked at again."""
-        budget = self.settings.budget
-        self.room = int(await self._left(min(budget.streams, self.settings.thresholds.trim)) // _GROWN)
+        if self.room <= self._found / 2 or self._cleaner.tier is not Tier.NORMAL:
+            share = min(self.settings.budget.streams, self.settings.thresholds.trim)
+            self.room = self._found = int(await self._left(share) // _GROWN)
         return [] if self.room > 0 else self._counted(await self._cleaner.trim(now_ms))
 
     async def check(self, now_ms: int) -> list[Action]:
