@@ -112,10 +112,13 @@ class Prepared:
 
     def present(self, count: int) -> list[int]:
         """Return the shards that have events."""
-        some = np.zeros(len(self.lengths), np.bool_)
-        some[self.symbol] = True
-        found: list[int] = np.unique(self.shards(count)[some]).tolist()
-        return found
+
+        def found() -> list[int]:
+            some = np.zeros(len(self.lengths), np.bool_)
+            some[self.symbol] = True
+            return [int(number) for number in np.unique(self.shards(count)[some])]
+
+        return self.once(("present", count), found)
 
     def names(self, layout: str = "shared") -> Names:
         """Return the table of names as the writer fills it: with each minute the new ones.

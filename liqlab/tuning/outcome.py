@@ -80,37 +80,44 @@ class Outcome:
     @property
     def event_bytes(self) -> float:
         """Bytes that one more event takes of the streams: sealed, where blocks are sealed, else hot."""
-        held, families = self.predicted.held.iloc[-1], self.predicted.families.iloc[-1]
-        if held["sealed"]:
-            return float(families["blocks"] / held["sealed"])
-        return float(families["events"] / max(held["hot"], 1))
+        hot, sealed = (self.predicted.held[name].to_numpy()[-1] for name in ("hot", "sealed"))
+        name, count = ("blocks", sealed) if sealed else ("events", max(hot, 1))
+        return float(self.predicted.families[name].to_numpy()[-1] / count)
 
     @property
     def history_h(self) -> float:
         """Hours of this feed that the streams hold within their budget, cleanup removing what is older."""
         room = self.settings.budget.streams * self.maxmemory
-        hot, held = float(self.predicted.families["events"].max()), float(self.predicted.held["hot"].max())
-        if hot > room or not self.predicted.held["sealed"].iloc[-1]:
+        hot = float(self.predicted.families["events"].to_numpy().max())
+        held = float(self.predicted.held["hot"].to_numpy().max())
+        if hot > room or not self.predicted.held["sealed"].to_numpy()[-1]:
             events = room / max(self.event_bytes, 1e-9) if hot <= room else held * room / hot
         else:
             events = held + (room - hot) / self.event_bytes
         return min(events / self.rate_per_h, self.settings.retention.events_s / 3600)
 
-    @property
+    @cached_property
     def used_bytes(self) -> int:
         """The most that `used_memory` comes to, cleanup keeping the streams within their budget."""
-        size, budget = self.shares["bytes"], self.shares["budget_bytes"]
-        return round(float(size.sum()) - max(float(size["streams"]) - float(budget["streams"]), 0))
+        size: dict[Any, float] = self.shares["bytes"].to_dict()
+        budget: dict[Any, float] = self.shares["budget_bytes"].to_dict()
+        return round(sum(size.values()) - max(size["streams"] - budget["streams"], 0))
+
+    @cached_property
+    def _left(self) -> dict[str, float]:
+        """What each share has left, but for the streams, and for those without a budget."""
+        left: dict[Any, float] = self.shares["headroom_pct"].to_dict()
+        return {name: percent for name, percent in left.items() if name != "streams" and not np.isnan(percent)}
 
     @property
     def binds(self) -> str:
         """The share, other than that of the streams, with the least headroom."""
-        return str(self.shares["headroom_pct"].drop("streams").idxmin())
+        return min(self._left, key=self._left.__getitem__)
 
     @property
     def headroom_pct(self) -> float:
         """What the share that binds has left, per cent of it; below 0 where it does not fit."""
-        return float(self.shares["headroom_pct"].drop("streams").min())
+        return self._left[self.binds]
 
     @property
     def fits(self) -> bool:
