@@ -71,7 +71,8 @@ async def streams_only(redis: Redis, events: pd.DataFrame) -> None:
     """Run the writer's batches without sums: what is left are events and the table of names."""
     names, columns, script = Names(), Columns.of(events), redis.register_script(link._SCRIPT)
     for seq, start in enumerate(range(0, len(events), 5_000), 1):
-        keys, argument = batch.pack(columns.rows(slice(start, start + 5_000)), seq, "bench", names, UNBOUNDED)
+        part = columns.rows(slice(start, start + 5_000))
+        keys, argument = batch.pack(part, seq, "bench", {None: names}, UNBOUNDED)[None]
         *head, vwaps, candles, sketches, uniques = msgpack.unpackb(argument, strict_map_key=False, raw=True)
         none = [[vwaps[0], *[[]] * 5], candles[:1], [*sketches[:2], *[[]] * 3], [*uniques[:2], []]]
         await script(keys=keys, args=[msgpack.packb([*head, *none], use_bin_type=False)])

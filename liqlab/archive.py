@@ -8,10 +8,12 @@ it last; so it sees each event once, whatever is sealed meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from operator import itemgetter
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -27,11 +29,17 @@ from liqlab.codecs.names import HEAD
 from liqlab.events import Columns, empty
 from liqlab.settings import Settings, load
 
-# Entries read in one round trip: what waits to be sent counts as the server's memory, for eviction too.
+T = TypeVar("T")
+
+_COUNT: Final = files("liqlab").joinpath("count.lua").read_text()
+# Entries read at once, of all shards that are asked together: what waits to be sent counts as the server's memory, for
+# eviction too.
 ROUND: Final = 10_000
 LEAST: Final = 100  # of one stream
+TOGETHER: Final = 8  # shards
 _BLOCKS: Final = 16  # a page of them
-_STREAMS: Final = 100  # read in one round trip
+_STREAMS: Final = 100  # read at once
+_COUNTED: Final = 1_000  # streams whose lengths are asked for at once
 _LATE: Final = b"t"
 _FIRST, _LAST = itemgetter(0), itemgetter(-2)  # fields of an entry
 
@@ -74,7 +82,8 @@ async def history(
     """
     settings = settings or load()
     shards = schema.shards_of(settings) if symbol is None else [schema.shard_of(symbol, settings.shards)]
-    parts = [part for shard in shards for part in await _shard(redis, shard, symbol, start_ms or 0, end_ms)]
+    found_of = await of_each(shards, lambda shard, part: _shard(redis, shard, part, symbol, start_ms or 0, end_ms))
+    parts = [one for found in found_of for one in found]
     if not parts:
         return empty()
     found = Columns.concat(parts)
@@ -89,18 +98,60 @@ async def history(
 async def count(redis: Redis, *, settings: Settings | None = None) -> int:
     """Return how many events are stored, hot and sealed."""
     settings = settings or load()
-    total = 0
-    for shard in schema.shards_of(settings):
-        _, sealed, names = await names_of(redis, shard)
-        keys = await streams_of(redis, shard, names, None)
-        for at in range(0, len(keys), _STREAMS):
-            pipe = redis.pipeline(transaction=False)
-            for key, _ in keys[at : at + _STREAMS]:
-                pipe.xlen(key)
-            total += sum(await pipe.execute())
-        async for entry in _blocks(redis, shard, 0, sealed):
-            total += _span(entry)[0] if entry[1][0] == b"b" else len(decoded([entry], names, "liqb")[0][0])
+    return sum(await of_each(schema.shards_of(settings), lambda shard, _: _count(redis, shard)))
+
+
+async def _count(redis: Redis, shard: int | None) -> int:
+    _, _, names = await names_of(redis, shard)
+    hot = [key for key, _ in await streams_of(redis, shard, names, None)]
+    tables = [schema.BY_NAME[name].key(shard=shard) for name in ("names", "blocks")]
+    script = redis.register_script(_COUNT)
+    total, start, end = 0, "-", ""
+    while start:
+        counted, start, end, others = await script(keys=[*tables, *hot[:_COUNTED]], args=[start, end])
+        total += counted
+        for entry in others:
+            total += _span(entry)[0] if entry[1][0] == b"b" else len(decoded([entry], names, tables[1])[0][0])
+    for at in range(_COUNTED, len(hot), _COUNTED):
+        pipe = redis.pipeline(transaction=False)
+        for key in hot[at : at + _COUNTED]:
+            pipe.xlen(key)
+        total += sum(await pipe.execute())
     return total
+
+
+async def of_each(shards: Sequence[int | None], ask: Callable[[int | None, int], Awaitable[T]]) -> list[T]:
+    """Return what `ask` does of every shard, in their order; several are asked at the same time.
+
+    Parameters
+    ----------
+    shards : sequence
+        From `liqlab.schema.shards_of`.
+    ask : callable
+        Called with a shard, and with how many are asked together: what it reads at once is that part of `ROUND`.
+
+    Raises
+    ------
+    Exception
+        The first that any of them raises; the others are cancelled and have ended then.
+    """
+    if len(shards) == 1:
+        return [await ask(shards[0], 1)]
+    together = min(len(shards), TOGETHER)
+    room = asyncio.Semaphore(TOGETHER)
+
+    async def one(shard: int | None) -> T:
+        async with room:
+            return await ask(shard, together)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(one(shard)) for shard in shards]
+    except ExceptionGroup as several:
+        first: Exception = several.exceptions[0]
+    else:
+        return [task.result() for task in asked]
+    raise first
 
 
 async def names_of(redis: Redis, shard: int | None) -> tuple[str, int, Names]:
@@ -133,14 +184,14 @@ async def streams_of(redis: Redis, shard: int | None, names: Names, symbol: str 
 
 
 async def _shard(
-    redis: Redis, shard: int | None, symbol: str | None, start_ms: int, end_ms: int | None
+    redis: Redis, shard: int | None, together: int, symbol: str | None, start_ms: int, end_ms: int | None
 ) -> list[Columns]:
-    hot, sealed, names = await _hot(redis, shard, symbol, str(start_ms), {})
+    hot, sealed, names = await _hot(redis, shard, together, symbol, str(start_ms), {})
     parts: list[Columns] = []
     for key, own, entries in hot:
         kept = [entry for entry in entries if int(entry[0].partition(b"-")[0]) >= sealed]
         parts += [part for part, _ in decoded(kept, names, key, own)]
-    async for entry in _blocks(redis, shard, start_ms, sealed):
+    async for entry in _blocks(redis, shard, max(_BLOCKS // together, 1), start_ms, sealed):
         if entry[1][0] == b"b" and end_ms is not None and _span(entry)[1] > end_ms:
             continue
         parts += [part for part, _ in decoded([entry], names, schema.BY_NAME["blocks"].key(shard=shard))]
@@ -148,27 +199,28 @@ async def _shard(
 
 
 async def _hot(
-    redis: Redis, shard: int | None, symbol: str | None, start: str, starts: dict[str, str]
+    redis: Redis, shard: int | None, together: int, symbol: str | None, start: str, starts: dict[str, str]
 ) -> tuple[list[Read], int, Names]:
     """Read hot streams, each from its own start or from that of all; then the time up to which events are sealed."""
     _, _, names = await names_of(redis, shard)
     found: list[Read] = []
     keys = await streams_of(redis, shard, names, symbol)
-    for at in range(0, len(keys), _STREAMS):
-        found += await _backwards(redis, keys[at : at + _STREAMS], start, starts)
+    part = max(_STREAMS // together, 1)
+    for at in range(0, len(keys), part):
+        found += await _backwards(redis, keys[at : at + part], ROUND // together, start, starts)
     # With every name that was given a number before the entries were read.
     _, sealed, names = await names_of(redis, shard)
     return found, sealed, names
 
 
 async def _backwards(
-    redis: Redis, keys: list[tuple[str, str | None]], start: str, starts: dict[str, str]
+    redis: Redis, keys: list[tuple[str, str | None]], most: int, start: str, starts: dict[str, str]
 ) -> list[Read]:
     """Read streams from their ends: what is sealed meanwhile goes away in front, and its blocks are read later."""
     found: dict[str, list[Entry]] = {key: [] for key, _ in keys}
     ends = dict.fromkeys(found, "+")
     while ends:
-        count = max(ROUND // len(ends), LEAST)
+        count = max(most // len(ends), LEAST)
         pipe = redis.pipeline(transaction=False)
         for key, end in ends.items():
             pipe.execute_command(b"XREVRANGE", key, end, starts.get(key, start), "COUNT", count)
@@ -192,8 +244,11 @@ async def tail(redis: Redis, after: dict[str, str], *, start_ms: int, settings: 
         Where streams begin that were not read yet, ms since the epoch, UTC.
     """
     settings, parts = settings or load(), []
-    for shard in schema.shards_of(settings):
-        found, _, names = await _hot(redis, shard, None, str(start_ms), after)
+    begin = str(start_ms)
+    hot = await of_each(
+        schema.shards_of(settings), lambda shard, together: _hot(redis, shard, together, None, begin, after)
+    )
+    for found, _, names in hot:
         for key, own, entries in found:
             parts += [part for part, _ in decoded(entries, names, key, own)]
             if entries:
@@ -201,16 +256,16 @@ async def tail(redis: Redis, after: dict[str, str], *, start_ms: int, settings: 
     return Columns.concat(parts).table() if parts else empty()
 
 
-async def _blocks(redis: Redis, shard: int | None, start_ms: int, sealed: int) -> AsyncIterator[Entry]:
+async def _blocks(redis: Redis, shard: int | None, count: int, start_ms: int, sealed: int) -> AsyncIterator[Entry]:
     """Yield the entries of the block stream that may hold events from `start_ms` on, up to the time `sealed`."""
     key, start = schema.BY_NAME["blocks"].key(shard=shard), str(start_ms)
     while True:
         pipe = redis.pipeline(transaction=False)
-        pipe.execute_command(b"XRANGE", key, start, f"{sealed}-0", "COUNT", _BLOCKS)
+        pipe.execute_command(b"XRANGE", key, start, f"{sealed}-0", "COUNT", count)
         page: list[Entry] = (await pipe.execute())[0]
         for entry in page:
             yield entry
-        if len(page) < _BLOCKS:
+        if len(page) < count:
             return
         start = "(" + page[-1][0].decode()
 

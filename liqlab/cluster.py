@@ -169,9 +169,8 @@ class Pipeline(ClusterPipeline):
             for args, kwargs in stack:
                 pipe.execute_command(*args, **kwargs)
             replies: list[Any] = await pipe.execute(raise_on_error=False, allow_redirections=allow_redirections)
-            for reply in replies:
-                if isinstance(reply, FAILOVER):
-                    raise reply
+            if lost := [reply for reply in replies if isinstance(reply, FAILOVER)]:
+                raise lost[0]
             return replies
 
         replies = await client.patiently(once, repeat=all(str(args[0]).upper() in _REPEATABLE for args, _ in stack))
@@ -197,8 +196,7 @@ class Cluster(_BySlot, RedisCluster):  # type: ignore[misc]
     """
 
     def __init__(self, url: str, *, failover_s: float, **options: Any) -> None:
-        self.failover_s = failover_s
-        self._url, self._options = url, options
+        self.failover_s, self._url, self._options = failover_s, url, options
         self._clients: dict[str, Redis] = {}
         self._confirms: dict[str, bool] = {}  # by node: whether a replica had the last batch in time
         given: dict[str, Any] = {**options, **parse_url(url)}
@@ -251,6 +249,10 @@ class Cluster(_BySlot, RedisCluster):  # type: ignore[misc]
             async for key in node.redis.scan_iter(match=match, count=count, _type=_type, **kwargs):
                 yield key
 
+    async def dbsize(self, **kwargs: Any) -> int:
+        """Return how many keys all nodes have; redis-py asks one of them."""
+        return int(sum(one["db0"]["keys"] for one in await infos(self, "keyspace") if "db0" in one))  # type: ignore[arg-type]
+
     async def patiently(self, once: Callable[[], Awaitable[T]], *, repeat: bool = True) -> T:
         """Await what `once` returns, again and again while a failover lasts, if it may be repeated."""
         until_s = clock.elapsed_s() + (self.failover_s if repeat else 0)
@@ -288,11 +290,7 @@ class Cluster(_BySlot, RedisCluster):  # type: ignore[misc]
             try:
                 async with asyncio.timeout(_LOOK_S):
                     found = await self._client(node.host, node.port).execute_command("CLUSTER NODES")  # type: ignore[no-untyped-call]
-            except (
-                RedisConnectionError,
-                RedisTimeoutError,
-                OSError,
-            ) as error:  # OSError: the built-in TimeoutError too
+            except (*LOST, OSError) as error:  # OSError: the built-in TimeoutError too
                 problem = error
                 continue
             return sorted((self._node(node.host, *one) for one in found.items()), key=lambda one: one.name)
@@ -371,8 +369,7 @@ class Cluster(_BySlot, RedisCluster):  # type: ignore[misc]
         except (RedisError, OSError) as error:
             lost = error if isinstance(error, RedisError) else RedisConnectionError(str(error))
             return dict.fromkeys(calls, Reply(lost, node.name, False))
-        replicated = any(isinstance(one.result, int) and one.result > 0 for one in wait)
-        self._confirms[node.name] = replicated
+        self._confirms[node.name] = replicated = any(isinstance(one.result, int) and one.result > 0 for one in wait)
         return {one.position: Reply(one.result, node.name, replicated) for one in sent}
 
 
@@ -387,14 +384,17 @@ async def any_node(redis: Redis) -> Redis:
     return redis if cluster is None else next(node.redis for node in await cluster.nodes() if not node.failed)
 
 
+async def servers(redis: Redis) -> list[Redis]:
+    """Return a client of each primary of a cluster; a client that is of no cluster as it is."""
+    cluster = as_cluster(redis)
+    return [node.redis for node in await cluster.nodes()] if cluster else [redis]
+
+
 async def infos(redis: Redis, *sections: str) -> list[dict[str, Any]]:
     """Return what INFO says: of one server, or of each primary of a cluster."""
-    cluster = as_cluster(redis)
-    if cluster is None:
-        return [await redis.info(*sections)]
-    nodes = cluster.nodes
 
     async def each() -> list[dict[str, Any]]:
-        return list(await asyncio.gather(*(node.redis.info(*sections) for node in await nodes())))
+        return list(await asyncio.gather(*(client.info(*sections) for client in await servers(redis))))
 
-    return await cluster.patiently(each)
+    cluster = as_cluster(redis)
+    return await (cluster.patiently(each) if cluster else each())

@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 from liqlab import clock
 from liqlab.budget import measure, records
 from liqlab.cleanup import Cleaner
+from liqlab.cluster import servers
 from liqlab.detector import Detector, backtest
 from liqlab.events import Columns, check
 from liqlab.feeds import Feed
@@ -31,8 +32,7 @@ _FIGURES: Final = ("ts_ms", "notional", "threshold", "rank")
 _MOMENTS: Final = 24  # at which percentiles are compared
 _BUSIEST: Final = 4  # symbols whose percentiles are
 _ALL: Final = 1_000_000  # keys of a family that are measured: a sample depends on the order of a scan
-_SETTLE_S: Final = 0.25  # longer than the server needs from one look at its tables to the next
-_LOOKS: Final = 20
+_SETTLE_S, _LOOKS = 0.25, 20  # longer than the server needs from one look at its tables to the next; looks
 _COLUMNS: Final = [
     *("symbol", "side", "what", "delay_s"),
     *(f"{name}_{whose}" for name in _FIGURES for whose in ("true", "found")),
@@ -389,11 +389,11 @@ def _moments(events: pd.DataFrame) -> list[int]:
 
 
 async def _settled(redis: Redis) -> None:
-    """Wait until the server, in the background, has resized its tables of keys, whose bytes count as the keys'."""
+    """Wait until each server, in the background, has resized its tables of keys, whose bytes count as the keys'."""
     before: Any = None
     for _ in range(_LOOKS):
-        stats = await redis.memory_stats()
-        now = {name: value for name, value in stats.items() if "hashtable" in str(name) or str(name).startswith("db.")}
+        stats = [await server.memory_stats() for server in await servers(redis)]
+        now = [{name: value for name, value in one.items() if "db." in str(name)} for one in stats]
         if now == before:
             break
         before = now

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 from redis.asyncio import Redis
-from redis.exceptions import OutOfMemoryError
+from redis.exceptions import NoScriptError, OutOfMemoryError
 from redis.utils import str_if_bytes
 
 from liqlab import clock, original, schema
@@ -145,17 +145,17 @@ class Link:
         if self._settings.writer.strategy != "script":
             return [batch]
         known = {shard: (names, names.epoch, names.stored) for shard, names in self._names.items()}
-        for shard in batch.left:
-            size = len(self._pack(batch, shard, busy)[1])
-            if size > self._settings.writer.batch_bytes and len(events) > 1:
-                # What was packed is thrown away, and with it the names that should have gone along.
-                for names, epoch, stored in known.values():
-                    names.epoch, names.stored = epoch, stored
-                self._names = {shard: self._names[shard] for shard in known}
-                half = len(events) // 2
-                first = self.batches(seq, events.rows(slice(None, half)), busy=busy, ahead=ahead)
-                rest = events.rows(slice(half, None))
-                return first + self.batches(seq + len(first), rest, busy=busy, ahead=ahead)
+        self._pack(batch, batch.left, busy)
+        size = max(len(argument) for _, _, argument in batch.packed.values())
+        if size > self._settings.writer.batch_bytes and len(events) > 1:
+            # What was packed is thrown away, and with it the names that should have gone along.
+            for names, epoch, stored in known.values():
+                names.epoch, names.stored = epoch, stored
+            self._names = {shard: self._names[shard] for shard in known}
+            half = len(events) // 2
+            first = self.batches(seq, events.rows(slice(None, half)), busy=busy, ahead=ahead)
+            rest = events.rows(slice(half, None))
+            return first + self.batches(seq + len(first), rest, busy=busy, ahead=ahead)
         return [batch]
 
     def batch(self, seq: int, events: Columns, *, ahead: bool = False) -> Batch:
@@ -168,14 +168,10 @@ class Link:
         of_event: NDArray[np.int64] = of_symbol[events.symbol]
         return of_event
 
-    def _pack(self, batch: Batch, shard: int | None, busy: Collection[str] = ()) -> tuple[list[str], bytes]:
-        names = self._names.setdefault(shard, Names())
-        events = batch.events
-        if shard is not None:
-            events = events.rows(np.flatnonzero(self._shards(events) == shard))
-        packed = pack(events, batch.seq, self._name, names, self._settings, ahead=batch.ahead, shard=shard, busy=busy)
-        batch.packed[shard] = (names, *packed)
-        return packed
+    def _pack(self, batch: Batch, shards: Collection[int | None], busy: Collection[str] = ()) -> None:
+        names = {shard: self._names.setdefault(shard, Names()) for shard in shards}
+        packed = pack(batch.events, batch.seq, self._name, names, self._settings, ahead=batch.ahead, busy=busy)
+        batch.packed |= {shard: (names[shard], *packed[shard]) for shard in shards}
 
     async def send(self, batch: Batch) -> None:
         """Send a batch until the server has all of it.
@@ -192,11 +188,14 @@ class Link:
             batch.left.clear()
         attempt, until_s = 0, clock.elapsed_s() + self._patience_s
         while batch.left:
-            shards = batch.left if self._cluster else batch.left[:1]
-            for shard in shards:
-                if shard not in batch.packed or batch.packed[shard][0] is not self._names[shard]:
-                    self._pack(batch, shard)  # for the first time, or again, for another table of names
-            answers = await self._call({shard: batch.packed[shard][1:] for shard in shards}, batch)
+            old = [
+                one
+                for one in batch.left
+                if batch.packed.get(one, (None,))[0] is not self._names.setdefault(one, Names())
+            ]
+            if old:  # for the first time, or again, for another table of names
+                self._pack(batch, old)
+            answers = await self._call({shard: batch.packed[shard][1:] for shard in self._next(batch)}, batch)
             refused = [answer for answer in answers.values() if isinstance(answer, Exception)]
             for shard, answer in answers.items():
                 if not isinstance(answer, Exception):
@@ -212,14 +211,19 @@ class Link:
                 await asyncio.sleep(min(_BACKOFF_S * 2**attempt, _LONGEST_S))
         self._counts.batches += 1
 
+    def _next(self, batch: Batch) -> list[int | None]:
+        """Return the shards that are sent together: a server has what was sent in memory until it has run it."""
+        size, sizes = 0, [len(batch.packed[shard][2]) for shard in batch.left]
+        for place, each in enumerate(sizes):
+            size += each
+            if place and size > self._settings.writer.batch_bytes and not self._cluster:
+                return batch.left[:place]
+        return list(batch.left)
+
     async def _call(self, calls: dict[int | None, tuple[list[str], bytes]], batch: Batch) -> dict[int | None, Any]:
         """Run the script on shards; return what it answered of each, or an error after which it may be tried again."""
         if self._cluster is None:
-            [(shard, (keys, argument))] = calls.items()
-            try:
-                return {shard: await self._script(keys=keys, args=[argument])}
-            except LOST as error:
-                return {shard: error}
+            return await self._call_one(calls)
         answers: dict[int | None, Any] = {}
         wanted: dict[int, tuple[list[str], list[bytes]]] = {}
         for shard, (keys, argument) in calls.items():
@@ -245,6 +249,24 @@ class Link:
                 here = np.count_nonzero(self._shards(batch.events) == number)
                 self._unreplicated[number] = self._unreplicated.get(number, 0) + int(here)
         self._counts.unreplicated = sum(self._unreplicated.values())
+        return answers
+
+    async def _call_one(self, calls: dict[int | None, tuple[list[str], bytes]]) -> dict[int | None, Any]:
+        """Run the script on shards of one server, in one round trip."""
+        answers: dict[int | None, Any] = {}
+        while len(answers) < len(calls):
+            pipe, asked = self._redis.pipeline(transaction=False), [shard for shard in calls if shard not in answers]
+            for shard in asked:
+                keys, argument = calls[shard]
+                pipe.evalsha(self._script.sha, len(keys), *keys, argument)
+            try:
+                found = await pipe.execute(raise_on_error=False)
+                if any(isinstance(answer, NoScriptError) for answer in found):
+                    await self._redis.script_load(self._script.script)
+            except LOST as error:
+                found = [error] * len(asked)
+            done = zip(asked, found, strict=True)
+            answers |= {shard: answer for shard, answer in done if not isinstance(answer, NoScriptError)}
         return answers
 
     async def _check_promoted(self, cluster: Cluster, shard: int) -> None:
@@ -300,7 +322,7 @@ class Link:
         epoch = str_if_bytes(head[0]) if head else ""
         self._names[shard] = Names(head[HEAD:], epoch)
         if self._acknowledged.get(shard, epoch) != epoch:
-            del self._acknowledged[shard]
+            self._acknowledged.clear()  # one loss, told once: the other shards are as new
             self._counts.memory_lost += 1
             raise MemoryLostError("the server lost its memory: it was restarted or flushed")
 

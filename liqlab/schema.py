@@ -221,6 +221,12 @@ class NodeSettings(Settings):
     here: tuple[int, ...] = ()
 
 
+def only(settings: Settings, shards: Iterable[int | None]) -> Settings:
+    """Return settings by which only some of the shards are looked at; a single one without a tag cannot be left out."""
+    here = tuple(shard for shard in shards if shard is not None)
+    return NodeSettings.model_construct(**{**dict(settings), "here": here}) if settings.shards > 1 else settings
+
+
 def shards_of(settings: Settings) -> Sequence[int | None]:
     """Return every shard, of a node's settings those that it has; a single one is None, as keys have no tag then."""
     if isinstance(settings, NodeSettings):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from redis.asyncio import Redis
 
 from liqlab import schema
-from liqlab.archive import LEAST, ROUND, Alike, alike, names_of, streams_of, times_of
+from liqlab.archive import LEAST, ROUND, Alike, alike, names_of, of_each, streams_of, times_of
 from liqlab.codecs import CODECS, Names, block_span
 from liqlab.codecs.blocks import MAX_EVENTS
 from liqlab.codecs.names import HEAD
@@ -35,11 +35,18 @@ _TYPICAL: Final = 5.0  # bytes of an event in a block
 
 @dataclass(frozen=True)
 class Sealed:
-    """What sealing did: events moved, blocks made and their bytes before the server's own overhead."""
+    """What sealing did: events moved, blocks made and their bytes before the server's own overhead.
+
+    Attributes
+    ----------
+    each : float
+        Bytes that an event takes in a block by the last one that was made, or only measured; 0 where none was.
+    """
 
     events: int = 0
     blocks: int = 0
     payload: int = 0
+    each: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class _Front:
 
     names: Names
     sealed: int  # the time up to which events were sealed, ms
-    each: list[float]  # bytes of an event in the last block, if there is one
+    each: list[float]  # bytes of an event in the last block, if there is one; then in those that were tried
     streams: list[tuple[str, str | None]]  # key, and whose it is where it is one symbol's
     pages: list[list[Alike]]  # of each stream
     ids: list[list[bytes]]
@@ -116,8 +123,9 @@ async def ahead(redis: Redis, *, now_ms: int, settings: Settings | None = None) 
     settings = settings or load()
     limit_ms = now_ms - settings.retention.hot_s * 1000
     shards = schema.shards_of(settings)
-    fronts = {shard: await _read(redis, shard, limit_ms, settings.writer.block_bytes // 2) for shard in shards}
-    return Ahead(limit_ms, fronts, settings)
+    enough = settings.writer.block_bytes // 2
+    fronts = await of_each(shards, lambda shard, together: _read(redis, shard, together, limit_ms, enough))
+    return Ahead(limit_ms, dict(zip(shards, fronts, strict=True)), settings)
 
 
 async def seal(
@@ -155,27 +163,57 @@ async def seal(
     redis.exceptions.OutOfMemoryError
         The server is at maxmemory.
     """
+    done = (await seal_each(redis, now_ms=now_ms, settings=settings, partial=partial, made=made)).values()
+    return Sealed(sum(one.events for one in done), sum(one.blocks for one in done), sum(one.payload for one in done))
+
+
+async def seal_each(
+    redis: Redis,
+    *,
+    now_ms: int,
+    settings: Settings | None = None,
+    partial: bool = False,
+    made: Ahead | None = None,
+) -> dict[int | None, Sealed]:
+    """Return what `seal` did in every shard."""
     settings = settings or load()
-    limit_ms, total = now_ms - settings.retention.hot_s * 1000, Sealed()
-    for shard in schema.shards_of(settings):
-        tries = 0
-        ready = await made.take(shard) if made and made.limit_ms == limit_ms and not partial else None
-        while tries < _TRIES:
-            enough = settings.writer.block_bytes // 2 << tries  # entries: more of them than the last block had room for
-            front = ready[0] if ready else await _read(redis, shard, limit_ms, enough)
-            if front is None:
-                break
-            blocks = ready[1] if ready else _blocks(front, settings, partial)
-            done, more = await _move(redis, shard, front, blocks, settings)
-            total = Sealed(total.events + done.events, total.blocks + done.blocks, total.payload + done.payload)
-            if not more:
-                break
-            tries = 0 if done.blocks or ready else tries + 1
-            ready = None
+    shards = schema.shards_of(settings)
+    limit_ms = now_ms - settings.retention.hot_s * 1000
+    ready = made if made and made.limit_ms == limit_ms and not partial else None
+    done = await of_each(
+        shards, lambda shard, together: _seal(redis, shard, together, limit_ms, settings, partial, ready)
+    )
+    return dict(zip(shards, done, strict=True))
+
+
+async def _seal(
+    redis: Redis,
+    shard: int | None,
+    together: int,
+    limit_ms: int,
+    settings: Settings,
+    partial: bool,
+    made: Ahead | None,
+) -> Sealed:
+    total, tries = Sealed(), 0
+    ready = await made.take(shard) if made else None
+    while tries < _TRIES:
+        enough = settings.writer.block_bytes // 2 << tries  # entries: more of them than the last block had room for
+        front = ready[0] if ready else await _read(redis, shard, together, limit_ms, enough)
+        if front is None:
+            break
+        blocks = ready[1] if ready else _blocks(front, settings, partial)
+        done, more = await _move(redis, shard, front, blocks, settings)
+        each = front.each[0] if front.each else 0.0
+        total = Sealed(total.events + done.events, total.blocks + done.blocks, total.payload + done.payload, each)
+        if not more:
+            break
+        tries = 0 if done.blocks or ready else tries + 1
+        ready = None
     return total
 
 
-async def _read(redis: Redis, shard: int | None, limit_ms: int, enough: int) -> _Front | None:
+async def _read(redis: Redis, shard: int | None, together: int, limit_ms: int, enough: int) -> _Front | None:
     """Read streams from their fronts until there are enough entries before the time up to which all have been read."""
     epoch, sealed, names = await names_of(redis, shard)
     if not epoch or limit_ms <= sealed:
@@ -186,7 +224,7 @@ async def _read(redis: Redis, shard: int | None, limit_ms: int, enough: int) -> 
     times: dict[str, NDArray[np.int64]] = {key: times_of([]) for key in pages}
     starts = dict.fromkeys(pages, "-")  # of the streams that have more
     while True:
-        count = max(ROUND // len(starts), LEAST)
+        count = max(ROUND // together // len(starts), LEAST)
         pipe = redis.pipeline(transaction=False)
         for key, start in starts.items():
             pipe.execute_command(b"XRANGE", key, start, f"({limit_ms}-0", "COUNT", count)
@@ -246,25 +284,27 @@ def _blocks(front: _Front, settings: Settings, partial: bool) -> Iterator[_Block
     events, id_ms, start = events.rows(order), id_ms[order], 0
     yield None
 
-    makers: dict[int, Callable[[], bytes]] = {}  # of blocks of so many of the first events that are left
+    # Of so many of the first events that are left: bytes of a block, and what makes it.
+    tried: dict[int, tuple[int, Callable[[], bytes]]] = {}
 
     def length(count: int) -> int:
         part = events.rows(slice(start, start + count))
-        size, makers[count] = codec.sized(part.rows(np.argsort(part.ts_ms, kind="stable")), names)
-        return size
+        tried[count] = codec.sized(part.rows(np.argsort(part.ts_ms, kind="stable")), names)
+        return tried[count][0]
 
     while start < len(id_ms):
         if not partial and len(id_ms) - start < settings.writer.block_bytes // MOST_EACH:
             break
-        makers.clear()
+        tried.clear()
         count, full = fitting(id_ms[start:], room, length, *each)
         if not full and not (front.whole and partial):
+            each[:] = [tried[count][0] / count] if count in tried else each
             break
         yield None
-        if count not in makers:
+        if count not in tried:
             length(count)
-        block = makers[count]()
-        start, each = start + count, [len(block) / count]
+        block = tried[count][1]()
+        start, each[:] = start + count, [len(block) / count]
         cut_ms = front.end_ms if start == len(id_ms) else int(id_ms[start])
         ends: list[bytes] = []
         for ids, ms in zip(front.ids, front.times, strict=True):

@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 from redis.asyncio import Redis
 
-from liqlab import clock, schema, settings
+from liqlab import archive, clock, schema, settings
 from liqlab.archive import count, history
 from liqlab.codecs import CodecError
 from liqlab.events import event_table
-from liqlab.sealing import seal
+from liqlab.sealing import seal, seal_each
 from liqlab.server import Server
 from liqlab.writer import Writer
 from tests.test_writer import T0, plain, sample, stored
@@ -245,3 +245,111 @@ async def test_names_that_no_writer_has_numbered_are_numbered_by_the_sealer(defa
     await seal(default_redis, now_ms=T0 + clock.DAY_MS, settings=made, partial=True)
     both = plain(pd.concat([events, later]))
     pd.testing.assert_frame_equal(await stored(default_redis, made), both, check_dtype=False)
+
+
+# Several shards at once
+
+
+async def test_an_error_of_a_shard_ends_what_is_asked_of_the_others() -> None:
+    ended = list[int | None]()
+
+    async def ask(shard: int | None, together: int) -> int:
+        assert together == archive.TOGETHER
+        try:
+            if shard == 3:
+                raise CodecError("of shard 3")
+            await asyncio.sleep(60)
+        finally:
+            ended.append(shard)
+        return 0
+
+    with pytest.raises(CodecError, match="of shard 3") as caught:
+        await archive.of_each(range(20), ask)
+    assert (
+        set(range(archive.TOGETHER)) <= set(ended) <= set(range(archive.TOGETHER + 1))
+    )  # of the others none was asked
+    assert caught.value.__context__ is None
+
+
+async def test_answers_come_in_the_order_of_shards_and_not_all_are_asked_at_once() -> None:
+    asked = [0, 0]
+
+    async def ask(shard: int | None, together: int) -> int:
+        asked[0] += 1
+        asked[1] = max(asked)
+        await asyncio.sleep(0.001 * (20 - int(shard or 0)))
+        asked[0] -= 1
+        return int(shard or 0)
+
+    assert await archive.of_each(range(20), ask) == list(range(20))
+    assert asked == [0, archive.TOGETHER]
+
+
+@pytest.mark.parametrize("shards", [1, 16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_pages_of_every_shard_fit_together(default_redis: Redis, layout: str, shards: int) -> None:
+    """More events than a page of a shard, more streams and more blocks than are read at once."""
+    events, own = sample(30_000, symbols=150), chosen(layout).model_copy(update={"shards": shards})
+    events["symbol"] = events["symbol"].astype(str).where(np.arange(len(events)) % 3 > 0, "BUSYUSDT").astype("category")
+    await Writer(default_redis, settings=own).write_table(events)
+    same(await history(default_redis, settings=own), events)
+    assert await count(default_redis, settings=own) == len(events)
+    after = dict[str, str]()
+    same(await archive.tail(default_redis, after, start_ms=0, settings=own), events)
+    assert (await archive.tail(default_redis, after, start_ms=0, settings=own)).empty
+    now_ms = int(events["ts_ms"].iloc[20_000]) + 60_000
+    done = await seal_each(default_redis, now_ms=now_ms, settings=own, partial=True)
+    assert list(done) == list(schema.shards_of(own))
+    assert sum(one.events for one in done.values()) > 19_000
+    assert max(one.blocks for one in done.values()) > 64  # more than one call of the script counts
+    same(await history(default_redis, settings=own), events)
+    assert await count(default_redis, settings=own) == len(events)
+
+
+async def test_counted_is_what_no_block_of_liqlabs_is_and_what_a_broken_one_says(redis: Redis) -> None:
+    events = sample(4_000)
+    for codec in ("msgpack-zlib", "block"):
+        own = chosen(block_codec=codec)
+        now_ms = int(events["ts_ms"].iloc[2_000]) + 60_000 if codec == "msgpack-zlib" else T0 + AGES
+        if codec == "msgpack-zlib":
+            await Writer(redis, settings=own).write_table(events)
+        await seal(redis, now_ms=now_ms, settings=own, partial=True)
+        assert await count(redis, settings=own) == len(events)
+    fields = [next(iter(fields)) for _, fields in await redis.xrange("liqb")]
+    assert fields.count(b"b") > 5
+    assert fields.count(b"k") > 16  # more than one call answers with
+    same(await history(redis, settings=own), events)
+    last = int((await redis.lindex("liqid", 1)).decode())
+    await redis.lset("liqid", 1, last + 1)
+    for seq, payload in enumerate((b"\x02" + bytes(30), b"\x01")):
+        broken = await redis.xadd("liqb", {"b": payload}, id=f"{last}-{seq + 1}")
+        with pytest.raises(CodecError, match="block: "):
+            await count(redis, settings=own)
+        await redis.xdel("liqb", broken)
+    await redis.xadd("liqb", {"b": b"\x02"}, id=f"{last + 2}-0")  # beyond what is sealed
+    assert await count(redis, settings=own) == len(events)
+
+
+async def test_more_streams_than_are_counted_at_once(default_redis: Redis) -> None:
+    n = 2_300
+    events = event_table(
+        [T0 + at for at in range(n)],
+        ["okx"] * n,
+        [f"S{at}" for at in range(n)],
+        ["buy"] * n,
+        [2.0] * n,
+        [3.0] * n,
+        [6.0] * n,
+    )
+    await Writer(default_redis, settings=chosen("per_symbol")).write_table(events)
+    assert await count(default_redis, settings=chosen("per_symbol")) == n
+
+
+async def test_sealing_says_what_an_event_takes_though_nothing_was_sealed(default_redis: Redis) -> None:
+    own = chosen(block_bytes="16kb", bulk_events=2_000)
+    await Writer(default_redis, settings=own).write_table(sample(1_500))
+    few = await seal_each(default_redis, now_ms=T0 + AGES, settings=own)
+    assert few[None].blocks == 0
+    assert 3 < few[None].each < 20
+    done = (await seal_each(default_redis, now_ms=T0 + AGES, settings=own, partial=True))[None]
+    assert done.each == done.payload / done.events == pytest.approx(few[None].each, rel=0.05)

@@ -20,6 +20,7 @@ from liqlab import archive, budget, candles, clock, config, localcluster, monito
 from liqlab.cleanup import Cleaner, backup, schedule
 from liqlab.cluster import Cluster, Node, as_cluster, infos
 from liqlab.detector import Detector, signals
+from liqlab.fidelity import replay
 from liqlab.link import Counts, Link
 from liqlab.localcluster import LocalCluster
 from liqlab.migrate import MigrateError, reshard
@@ -156,6 +157,7 @@ async def test_commands_find_their_nodes(redis: Redis) -> None:
     for key in keys:
         await redis.set(key, 1)
     assert await redis.exists(*keys, "temp:none") == 30
+    assert await redis.dbsize() == 30
     assert sorted([key async for key in redis.scan_iter(match="temp:*", count=7)]) == sorted(
         key.encode() for key in keys
     )
@@ -238,6 +240,33 @@ async def test_a_feed_is_the_same_on_a_cluster(
     assert len(wanted["alerts"]) > 3
     for name, table in wanted.items():
         pd.testing.assert_frame_equal(found[name], table, obj=name)
+
+
+async def test_a_replay_of_the_whole_system_is_that_of_one_server(redis: Redis, default_redis: Redis) -> None:
+    """Writer, detector, sealing, cleanup's rounds, and expiry: between two bursts all that the first left goes."""
+    chosen = load(
+        shards=SHARDS,
+        retention={"events_s": 3_600, "hot_s": 300, "vwap_s": 900, "cooldown_s": 120},
+        writer={"block_bytes": "1kb", "layout": "hybrid", "hybrid_events": 100},
+    )
+    burst = liqlab.synth("normal", hours=0.5, seed=3, rate_per_min=200, symbols=40)
+    later = burst.assign(ts_ms=burst["ts_ms"] + 3 * clock.HOUR_MS)
+    feed = pd.concat([burst, later], ignore_index=True)
+    one, there = [await replay(feed, client, settings=chosen) for client in (default_redis, redis)]
+    for done in (one, there):
+        assert done.lost == {"trimmed": 0, "expired": len(burst), "evicted": 0}
+        assert done.ingested.held == len(later)
+        assert min(done.ingested.expired[name] for name in ("events", "blocks", "vwap", "cooldown")) > 0
+        assert done.table.loc[["events", "blocks"], "members"].min() > 0
+    pd.testing.assert_frame_equal(same(await liqlab.history(redis, settings=chosen)), same(later))
+    assert len(there.ingested.alerts) > 10
+    pd.testing.assert_frame_equal(there.ingested.alerts, one.ingested.alerts)
+    pd.testing.assert_frame_equal(there.errors, one.errors)
+    pd.testing.assert_frame_equal(there.table[["keys", "members"]], one.table[["keys", "members"]])
+    left_out = {"seconds": 0}  # of the wall
+    assert there.ingested.as_dict() | left_out == one.ingested.as_dict() | left_out
+    assert there.maxmemory == 3 * one.maxmemory
+    assert there.timeline["keys"].tolist() == one.timeline["keys"].tolist()
 
 
 @pytest.mark.parametrize("method", ["exact", "topk", "reservoir"])

@@ -401,3 +401,44 @@ async def test_memory_that_is_lost_right_after_a_repeated_batch_is_noticed(defau
     await Writer(default_redis).write_table(sample(10))  # somebody else was quicker
     with pytest.raises(link.MemoryLostError):
         await again.send(again.batch(2, events))
+
+
+# Shards of one server
+
+
+@pytest.mark.parametrize("batch_bytes", [1 << 20, 64 << 10])
+async def test_shards_are_sent_together_within_the_bytes_of_a_batch(default_redis: Redis, batch_bytes: int) -> None:
+    events = sample(20_000, symbols=200)
+    own = settings.load(shards=16, writer={"batch_bytes": batch_bytes, "bulk_events": 5_000})
+    writer = Writer(default_redis, settings=own)
+    await default_redis.script_flush()
+    await writer.write_table(events.iloc[:10_000])
+    await default_redis.script_flush()  # as a restart does
+    await writer.write_table(events.iloc[10_000:].reset_index(drop=True))
+    assert (writer.counts.written, writer.counts.resent) == (20_000, 0)
+    pd.testing.assert_frame_equal(await stored(default_redis, own), plain(events), check_dtype=False)
+    made = writer._link.batches(99, Columns.of(events.iloc[:5_000]))
+    for one in made:
+        together = [len(one.packed[shard][2]) for shard in writer._link._next(one)]
+        assert sum(together) <= batch_bytes
+        assert len(one.left) == 16
+        assert (len(together) < 16) == (batch_bytes < 100_000)
+
+
+async def test_names_that_another_writer_has_numbered_are_read_in_every_shard(default_redis: Redis) -> None:
+    events, own = sample(4_000, symbols=60), settings.load(shards=8)
+    first, second = (Writer(default_redis, settings=own) for _ in range(2))
+    await first.write_table(events.iloc[:2_000])
+    await second.write_table(events.iloc[2_000:].reset_index(drop=True))
+    assert (second.counts.written, second.counts.memory_lost) == (2_000, 0)
+    pd.testing.assert_frame_equal(await stored(default_redis, own), plain(events), check_dtype=False)
+
+
+async def test_a_server_of_many_shards_that_forgot_is_written_on(default_redis: Redis) -> None:
+    events, own = sample(4_000, symbols=60), settings.load(shards=8)
+    writer, half = Writer(default_redis, settings=own), events.iloc[2_000:].reset_index(drop=True)
+    await writer.write_table(events.iloc[:2_000])
+    await default_redis.flushall()
+    await writer.write_table(half)
+    assert (writer.counts.written, writer.counts.memory_lost) == (4_000, 1)
+    pd.testing.assert_frame_equal(await stored(default_redis, own), plain(half), check_dtype=False)

@@ -24,7 +24,7 @@ from liqlab.events import SIDES, Columns, concat, empty
 from liqlab.migrate.run import alone
 from liqlab.migrate.send import Sender
 from liqlab.migrate.sources import MigrateError
-from liqlab.schema import Family, NodeSettings
+from liqlab.schema import Family
 from liqlab.sealing import seal
 from liqlab.settings import Settings, load
 
@@ -149,14 +149,10 @@ def _save(table: pd.DataFrame, path: Path) -> None:
     _replace(part, path)
 
 
-def _of_shard(settings: Settings, shard: int | None) -> Settings:
-    return settings if shard is None else NodeSettings.model_construct(**{**dict(settings), "here": (shard,)})
-
-
 async def _read(redis: Redis, path: Path, settings: Settings) -> tuple[int, int]:
     events = 0
     for shard in schema.shards_of(settings):
-        found = await archive.history(redis, settings=_of_shard(settings, shard))
+        found = await archive.history(redis, settings=schema.only(settings, [shard]))
         _save(found, path / f"events-{shard or 0}.parquet")
         events += len(found)
     rows: list[dict[str, Any]] = []
@@ -264,7 +260,7 @@ async def _verify(redis: Redis, path: Path, settings: Settings) -> None:
     for shard in schema.shards_of(settings):
         own = sorted(name for name in symbols if schema.shard_of(name, settings.shards) == shard)
         wanted = concat([_events(file, [("symbol", "in", own)]) for file in files]) if own else empty()
-        found = await archive.history(redis, settings=_of_shard(settings, shard))
+        found = await archive.history(redis, settings=schema.only(settings, [shard]))
         if not _sorted(wanted).equals(_sorted(found)):
             raise MigrateError(
                 f"of {len(wanted):,} events of shard {shard} {len(found):,} are there, or others; {path} has them all"

@@ -45,13 +45,14 @@ class Sender(Link):
         for shard in schema.shards_of(self._settings):
             await self._read_names(shard)
 
-    def _pack(self, batch: Batch, shard: int | None, busy: Collection[str] = ()) -> tuple[list[str], bytes]:
-        names = self._names.setdefault(shard, Names())
-        names.of_symbols([name for name in self._own if schema.shard_of(name, self._settings.shards) == shard])
-        keys, argument = super()._pack(batch, shard, busy)
-        argument = _without_expired(keys, argument, self._now_ms, self._settings)
-        batch.packed[shard] = (names, keys, argument)
-        return keys, argument
+    def _pack(self, batch: Batch, shards: Collection[int | None], busy: Collection[str] = ()) -> None:
+        for shard in shards:
+            own = [name for name in self._own if schema.shard_of(name, self._settings.shards) == shard]
+            self._names.setdefault(shard, Names()).of_symbols(own)
+        super()._pack(batch, shards, busy)
+        for shard in shards:
+            names, keys, argument = batch.packed[shard]
+            batch.packed[shard] = names, keys, _without_expired(keys, argument, self._now_ms, self._settings)
 
     @property
     def epochs(self) -> dict[str, str]:

@@ -165,7 +165,7 @@ async def ingest(
         step = int(times[stop]) // expiry.step_ms if stop < total else last_ms // expiry.step_ms + 1
         return step * expiry.step_ms
 
-    seals = Seals(redis, settings, times, now_at, rounds) if sealing else None
+    seals = Seals(redis, settings, columns, now_at, rounds) if sealing else None
     cuts = np.unique(
         [
             *samples,

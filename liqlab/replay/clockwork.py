@@ -18,7 +18,7 @@ from liqlab.cleanup import Action, Cleaner, Tier
 from liqlab.cluster import infos
 from liqlab.detector import Alert
 from liqlab.events import Columns, run_starts
-from liqlab.sealing import Ahead, ahead, seal
+from liqlab.sealing import MOST_EACH, Ahead, ahead, seal_each
 from liqlab.settings import Settings
 
 _UNLINK: Final = 500
@@ -27,7 +27,7 @@ _CLOSE: Final = 0.8  # of a share
 _SHORT_MS: Final = 100
 _CALM_MS: Final = 30 * clock.MINUTE_MS
 _SEAL_MS: Final = 5 * clock.MINUTE_MS
-_NEARLY: Final = 0.85  # of the events of the last blocks: none differs by more from those before it
+_NEARLY: Final = 0.85  # of the events of a shard's last blocks: none differs by more from those before it
 _NEVER: Final = np.iinfo(np.int64).max // 2
 
 Ints = NDArray[np.int64]
@@ -99,7 +99,7 @@ class Rounds:
 
 
 class Seals:
-    """Sealing every five minutes, where enough events have left the hot window to fill a block.
+    """Sealing every five minutes, of the shards of which enough events have left the hot window to fill a block.
 
     Attributes
     ----------
@@ -110,42 +110,61 @@ class Seals:
     """
 
     def __init__(
-        self, redis: Redis, settings: Settings, times: Ints, now_at: Callable[[int], int], rounds: Rounds | None
+        self, redis: Redis, settings: Settings, events: Columns, now_at: Callable[[int], int], rounds: Rounds | None
     ) -> None:
         self.events = 0
-        self._redis, self._settings, self._times, self._now_at, self._rounds = redis, settings, times, now_at, rounds
+        self._redis, self._settings, self._now_at, self._rounds = redis, settings, now_at, rounds
+        self._times = events.ts_ms
         self._hot_ms = 1000 * settings.retention.hot_s
-        self._enough = 0.0  # events: with fewer, no full block would be found
         self._made: Ahead | None = None
-        minutes = times // clock.MINUTE_MS * clock.MINUTE_MS
+        shards = schema.shards_of(settings)
+        of_symbol = np.array([schema.shard_of(name, settings.shards) or 0 for name in events.symbols], np.int64)
+        of_event = of_symbol[events.symbol]
+        self._of_shard = {shard: events.ts_ms[of_event == (shard or 0)] for shard in shards}
+        self._sealed = dict.fromkeys(shards, 0)  # events
+        # With fewer no full block would be found.
+        self._enough = dict.fromkeys(shards, float(settings.writer.block_bytes // MOST_EACH))
+        minutes = events.ts_ms // clock.MINUTE_MS * clock.MINUTE_MS
         self.rows, next_ms = list[int](), 0
         for row in run_starts(minutes)[1:].tolist():
             if minutes[row] >= next_ms:
                 self.rows.append(row)
                 next_ms = minutes[row] + _SEAL_MS
-        self.rows.append(len(times))
+        self.rows.append(len(minutes))
 
     async def run(self, row: int) -> None:
         """Seal, where it is time to."""
         now_ms = self._now_at(row)
-        if row == self.rows[bisect_left(self.rows, row)] and self._due(now_ms):
-            done = await seal(self._redis, now_ms=now_ms, settings=self._settings, made=self._made)
-            self.events, self._made = self.events + done.events, None
-            if done.blocks:
-                self._enough = _NEARLY * done.events / done.blocks
+        if row != self.rows[bisect_left(self.rows, row)] or not (due := self._due(now_ms)):
+            return
+        settings = schema.only(self._settings, due)
+        done = await seal_each(self._redis, now_ms=now_ms, settings=settings, made=self._made)
+        self._made = None
+        for shard, one in done.items():
+            self.events += one.events
+            self._sealed[shard] += one.events
+            if one.blocks:
+                self._enough[shard] = _NEARLY * one.events / one.blocks
+            elif one.each:
+                self._enough[shard] = max(self._enough[shard], _NEARLY * self._settings.writer.block_bytes / one.each)
 
     async def make_next(self, row: int) -> None:
         """Let the next blocks be made while the server takes the events up to then, if all that they hold is there."""
         if row < len(self._times) and self._made is None:
             now_ms = self._now_at(self.rows[bisect_right(self.rows, row)])
-            if now_ms - self._hot_ms <= self._times[row] and self._due(now_ms):
-                self._made = await ahead(self._redis, now_ms=now_ms, settings=self._settings)
+            if now_ms - self._hot_ms <= self._times[row] and (due := self._due(now_ms)):
+                settings = schema.only(self._settings, due)
+                self._made = await ahead(self._redis, now_ms=now_ms, settings=settings)
 
-    def _due(self, now_ms: int) -> bool:
-        old, compacted = self._times.searchsorted(
-            [now_ms - self._hot_ms, self._rounds.sealed_ms if self._rounds else 0]
-        )
-        return bool(old - max(self.events, compacted) >= self._enough)
+    def _due(self, now_ms: int) -> list[int | None]:
+        """Return the shards that have enough events to seal."""
+        ends = [now_ms - self._hot_ms, self._rounds.sealed_ms if self._rounds else 0]
+        due = list[int | None]()
+        for shard, times in self._of_shard.items():
+            old, compacted = times.searchsorted(ends).tolist()
+            if old - max(self._sealed[shard], compacted) >= self._enough[shard]:
+                due.append(shard)
+        return due
 
 
 class Expiry:
