@@ -33,7 +33,7 @@ from liqlab.link import Batch, Busy, Counts, Link, MemoryLostError, cuts, why
 from liqlab.settings import Settings, load
 
 _RETRY_S: Final = 0.5
-_LEAVE_S: Final = 1.5e-7  # an event: a socket takes 200 KB at a time, and only while nothing is being built
+_LEAVE_S: Final = 1e-6  # an event: encoding it, and its way; nothing is sent while the next batch is built
 _DRAINED: Final = 20  # batches of the journal read at a time
 
 
@@ -232,7 +232,7 @@ class Writer:
                         self.counts.offered += sum(len(batch.events) for batch in batches)
                         self._in_flight += batches
                         sending = asyncio.create_task(self._deliver())
-                        await asyncio.sleep(_LEAVE_S * size)  # the batch leaves before the next one is built
+                        await asyncio.sleep(_LEAVE_S * (last - first))  # the batch leaves before the next one is built
                     if after is not None:
                         made = self._batches(columns.rows(slice(*cuts(stop, after, size)[:2])))
                     if sending is not None:
