@@ -217,7 +217,10 @@ def in_common(
         "percentile": ("percentile", bucket_s),
     }
     found: dict[Hashable, tuple[tuple[Hashable, ...], Callable[[], Any]]] = {
-        quality_key(settings, window_s): (("quality",), lambda: compared(prepared, settings, window_s))
+        quality_key(settings, window_s): (
+            ("quality", settings.detector.method),
+            lambda: compared(prepared, settings, window_s),
+        )
     }
     return found | {key: (groups.get(name, ("others",)), make) for name, (key, make) in made.items()}
 

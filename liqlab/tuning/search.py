@@ -39,7 +39,6 @@ SPACE: Final[dict[str, tuple[Any, ...]]] = {
 _Part = list[dict[str, Any]]  # combinations that are tried together
 _Shared = dict[Hashable, dict[str, Any]]  # what is shared, by key, and a combination that it is part of
 _Rounds = Iterator[tuple[dict[int, _Part], list[_Shared]]]  # parts, and the groups of what they have in common
-_DEAREST: Final = ("quality", "events", "percentile", "others")  # groups of what is shared
 _AT_ONCE: Final = REMEMBERED - 56  # of them, and room for what else is remembered
 MINIMISED: Final = ("used_bytes", "threshold_error_pct")
 MAXIMISED: Final = ("history_h", "recall")
@@ -160,7 +159,7 @@ def _digest(prepared: Prepared, base: Settings, calibration: Calibration | None)
 
 
 def _rounds(prepared: Prepared, base: Settings, calibration: Calibration | None, parts: Mapping[int, _Part]) -> _Rounds:
-    """Yield some of the parts, and what they have in common: no more at a time than a feed remembers."""
+    """Yield some of the parts, and what they have in common, the largest group first; no more than a feed remembers."""
     window_s, taken = base.retention.percentile_window_s, dict[int, _Part]()
     groups: dict[tuple[Hashable, ...], _Shared] = {}
     for at, part in parts.items():
@@ -170,15 +169,11 @@ def _rounds(prepared: Prepared, base: Settings, calibration: Calibration | None,
             for key, (group, _) in in_common(prepared, settings, calibration, window_s).items():
                 new.setdefault(group, {}).setdefault(key, values)
         if taken and sum(len({**groups.get(name, {}), **new.get(name, {})}) for name in {*groups, *new}) > _AT_ONCE:
-            yield taken, _dearest_first(groups)
+            yield taken, sorted(groups.values(), key=len, reverse=True)
             taken, groups = {}, {}
         taken[at] = part
         groups = {name: {**new.get(name, {}), **groups.get(name, {})} for name in {**groups, **new}}
-    yield taken, _dearest_first(groups)
-
-
-def _dearest_first(groups: Mapping[tuple[Hashable, ...], _Shared]) -> list[_Shared]:
-    return [groups[name] for name in sorted(groups, key=lambda name: _DEAREST.index(str(name[0])))]
+    yield taken, sorted(groups.values(), key=len, reverse=True)
 
 
 def _worked_out(prepared: Prepared, base: Settings, calibration: Calibration | None, shared: _Shared) -> dict[Any, Any]:
@@ -229,7 +224,12 @@ def local_cluster(workers: int) -> Any:
 
     lib: Any = distributed  # it has no types
     # Dask lets its workers give memory back to the system at once, and get it again for the next array: half as fast.
-    with dask.config.set({"distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None}):
+    # Its profiler, which nobody looks at here, takes a few per cent.
+    dear = {
+        "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
+        "distributed.worker.profile.enabled": False,
+    }
+    with dask.config.set(dear):
         return lib.LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=40)
 
 
