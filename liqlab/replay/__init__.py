@@ -24,12 +24,12 @@ from liqlab.archive import count
 from liqlab.cleanup import Cleaner
 from liqlab.cleanup.schedule import EventClock
 from liqlab.cluster import infos
-from liqlab.detector import Alert, Detector, Rows
+from liqlab.detector import Detector
 from liqlab.detector import table as alert_table
 from liqlab.events import Columns, EventError, check, run_starts
 from liqlab.feeds import Feed
 from liqlab.percentiles import METHODS
-from liqlab.replay.clockwork import Expiry, Rounds, Seals
+from liqlab.replay.clockwork import Expiry, Rounds, Seals, Watch
 from liqlab.settings import Journal, Settings, load
 from liqlab.writer import Writer
 
@@ -154,7 +154,7 @@ async def ingest(
     rounds = Rounds(cleaner, redis) if cleaner else None
     schedule = EventClock(cast(Cleaner, rounds)) if rounds else None
     sealing = (sealing or cleaner is not None) and settings.writer.strategy == "script"
-    timeline, alerts = list[dict[str, int]](), list[Alert]()
+    timeline = list[dict[str, int]]()
     asked, last_ms = [ms for ms in moments if visit], int(times[-1]) // expiry.step_ms * expiry.step_ms
 
     edges = np.append(run_starts(times // expiry.step_ms), total)  # of steps
@@ -174,43 +174,20 @@ async def ingest(
         ]
     )
     method = detector.method if detector else METHODS[settings.detector.method](redis, settings=settings)
-    rows, volume = await detector.candidates(columns) if detector else (np.empty(0, np.intp), np.empty(0))
-    # Thresholds are asked for before a step is written; whoever asks once a step can judge while it is written.
-    at_once = detector is None or 1000 * settings.detector.refresh_s % expiry.step_ms == 0
-    judging: asyncio.Task[None] | None = None
+    watch = Watch(detector, columns, *await detector.candidates(columns), expiry) if detector else None
     looked = 0  # the row up to which all was written when memory was last looked at
 
     def end_of(row: int) -> int:
         """Return the row that the step of a row ends before."""
         return int(edges[edges.searchsorted(row, "right")])
 
-    async def look(at: int) -> None:
-        """Let the candidates of the step that begins at row `at` be judged, by what is known now."""
-        nonlocal judging
-        part = rows[slice(*rows.searchsorted([at, end_of(at)]).tolist())]
-        if not detector or not len(part):
-            return
-        if at_once:
-            await detector.ask(columns, part)
-        judging = asyncio.create_task(judge(detector, part))
-        if not at_once:
-            await judging
-
-    async def judge(detector: Detector, part: Rows) -> None:
-        raised = await detector.judge(columns, part, volume)
-        expiry.touch_alerts(raised)
-        alerts.extend(raised)
-
     def stops() -> Iterator[int]:
         """Yield where to stop next, as late as may be; asked for while the slice before is still to be written."""
         at = 0
         while at < total:
             stop = int(cuts[cuts.searchsorted(at, "right")])
-            if detector:
-                left = rows[slice(*rows.searchsorted([end_of(at), stop]).tolist())]
-                loud = left[~detector.quiet(columns, left)]
-                if len(loud):
-                    stop = int(edges[edges.searchsorted(loud[0], "right") - 1])
+            if watch and (loud := watch.first(end_of(at), stop)) < stop:
+                stop = int(edges[edges.searchsorted(loud, "right") - 1])
             if rounds and stop - looked > rounds.room:
                 fits = edges.searchsorted(looked + rounds.room, "right") - 1
                 stop = min(stop, max(int(edges[fits]), end_of(at)))
@@ -218,11 +195,12 @@ async def ingest(
             at = stop
 
     try:
-        await look(0)
+        if watch:
+            await watch.look(0, end_of(0))
         async for start, stop in writer.write_slices(events, stops()):
             now_ms = now_at(stop)
-            if judging:
-                await judging
+            if watch:
+                await watch.judged()
             if not method.written:  # before keys end: what begins again in this slice has been removed at its begin
                 await method.add(columns.rows(slice(start, stop)))
             if stop in samples:
@@ -236,16 +214,15 @@ async def ingest(
                 await expiry.run(redis, now_ms if stop < total else max(last_ms, until_ms or 0))
             while visit and asked and (asked[0] <= now_ms or stop == total):
                 await visit(asked.pop(0))
-            if stop < total:
-                await look(stop)
+            if watch and stop < total:
+                await watch.look(stop, end_of(stop))
             if seals:
                 await seals.make_next(stop)
             if progress:
                 progress(stop, total)
     finally:
-        if judging and not judging.done():
-            judging.cancel()
-            await asyncio.gather(judging, return_exceptions=True)
+        if watch:
+            await watch.close()
     return Ingested(
         events=writer.counts.written,
         late=writer.counts.late,
@@ -256,7 +233,7 @@ async def ingest(
         evicted=await _evicted(redis) - evicted,
         seconds=clock.elapsed_s() - began,
         timeline=pd.DataFrame(timeline),
-        alerts=alert_table(alerts),
+        alerts=alert_table(watch.alerts if watch else []),
         cleaned=rounds.events if rounds else 0,
         aged=expiry.events,
     )

@@ -1,7 +1,8 @@
-"""What runs on a feed's clock while it is played: the end of each key's time, and the rounds of cleanup."""
+"""What runs on a feed's clock while it is played: the end of each key's time, cleanup, sealing, the detector."""
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from liqlab.archive import count
 from liqlab.candles import WIDTHS
 from liqlab.cleanup import Action, Cleaner, Tier
 from liqlab.cluster import infos
-from liqlab.detector import Alert
+from liqlab.detector import Alert, Detector, Rows
 from liqlab.events import Columns, run_starts
 from liqlab.sealing import MOST_EACH, Ahead, ahead, seal_each
 from liqlab.settings import Settings
@@ -30,6 +31,7 @@ _SEAL_MS: Final = 5 * clock.MINUTE_MS
 _NEARLY: Final = 0.85  # of the events of a shard's last blocks: none differs by more from those before it
 _NEVER: Final = np.iinfo(np.int64).max // 2
 
+Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
@@ -96,6 +98,58 @@ class Rounds:
     def _counted(self, done: list[Action]) -> list[Action]:
         self.events += sum(action.events for action in done)
         return done
+
+
+class Watch:
+    """A detector that asks for thresholds before each step is written, and judges what is large while it is.
+
+    Attributes
+    ----------
+    alerts : list of Alert
+        Raised so far.
+    """
+
+    def __init__(self, detector: Detector, events: Columns, rows: Rows, volume: Floats, expiry: Expiry) -> None:
+        self.alerts: list[Alert] = []
+        self._detector, self._events, self._rows, self._volume, self._expiry = detector, events, rows, volume, expiry
+        # Thresholds of one moment are asked for together; of several, each where it is needed.
+        self._together = 1000 * detector.settings.detector.refresh_s % expiry.step_ms == 0
+        self._judging: asyncio.Task[None] | None = None
+
+    def first(self, start: int, stop: int) -> int:
+        """Return the first of some rows that may be an alert by what is known now, `stop` where there is none."""
+        part = self._part(start, stop)
+        loud = part[~self._detector.quiet(self._events, part)]
+        return int(loud[0]) if len(loud) else stop
+
+    async def look(self, start: int, stop: int) -> None:
+        """Begin to judge the rows of a step, of which none is written yet, by what is known now."""
+        part = self._part(start, stop)
+        if len(part):
+            if self._together:
+                await self._detector.ask(self._events, part)
+            self._judging = asyncio.create_task(self._judge(part))
+            if not self._together:
+                await self._judging
+
+    async def judged(self) -> None:
+        """Return when all that was looked at is judged."""
+        if self._judging:
+            await self._judging
+
+    async def close(self) -> None:
+        """Give up what is not judged."""
+        if self._judging and not self._judging.done():
+            self._judging.cancel()
+            await asyncio.gather(self._judging, return_exceptions=True)
+
+    async def _judge(self, part: Rows) -> None:
+        raised = await self._detector.judge(self._events, part, self._volume)
+        self._expiry.touch_alerts(raised)
+        self.alerts += raised
+
+    def _part(self, start: int, stop: int) -> Rows:
+        return self._rows[slice(*self._rows.searchsorted([start, stop]).tolist())]
 
 
 class Seals:
