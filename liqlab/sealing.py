@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from liqlab import schema
 from liqlab.archive import LEAST, ROUND, Alike, alike, names_of, of_each, streams_of, times_of
 from liqlab.codecs import CODECS, Names, block_span
-from liqlab.codecs.blocks import MAX_EVENTS
+from liqlab.codecs.blocks import fitting
 from liqlab.codecs.names import HEAD
 from liqlab.events import Columns
 from liqlab.settings import Settings, load
@@ -26,11 +26,7 @@ _SCRIPT: Final = files("liqlab").joinpath("seal.lua").read_text()
 ENTRY: Final = 72  # bytes that a stream needs around a block, and a length may be off, at most
 MOST_EACH: Final = 32  # bytes of an event in a block: fewer events than that cannot fill one
 _TRIES: Final = 5
-_FITS: Final = 6
-_FAR: Final = 0.8  # of the room: what would take less by the block before needs no look
-_FULL, _AIM = 0.955, 0.978  # of the room: what a search is content with, and what it aims at
 _TURNS: Final = 5  # of the event loop, in which another task takes a reply and sends what comes next
-_TYPICAL: Final = 5.0  # bytes of an event in a block
 
 
 @dataclass(frozen=True)
@@ -47,6 +43,11 @@ class Sealed:
     blocks: int = 0
     payload: int = 0
     each: float = 0.0
+
+
+_Begun = tuple[
+    Names, int, list[tuple[str, str | None]]
+]  # the first three of a front, but for what is in the last block
 
 
 @dataclass(frozen=True)
@@ -76,28 +77,16 @@ class _Block:
     ends: list[bytes]  # IDs, the first and the last of each stream
 
 
+@dataclass(frozen=True)
 class Ahead:
-    """Blocks for a time to come, made while the server is busy with other things: see `ahead`."""
+    """Blocks for a time to come, read and made while the server is busy with other things: see `ahead`."""
 
-    def __init__(self, limit_ms: int, fronts: dict[int | None, _Front | None], settings: Settings) -> None:
-        self.limit_ms = limit_ms
-        self._fronts, self._settings = fronts, settings
-        self._work = asyncio.create_task(self._made())
-
-    async def _made(self) -> dict[int | None, tuple[_Front, list[_Block]]]:
-        await _let_work()
-        fronts = {shard: front for shard, front in self._fronts.items() if front}
-        made: dict[int | None, tuple[_Front, list[_Block]]] = {}
-        for shard, front in fronts.items():
-            made[shard] = front, []
-            for block in _blocks(front, self._settings, False):
-                made[shard][1].extend([block] if block else [])
-                await _let_work()
-        return made
+    limit_ms: int
+    work: asyncio.Task[dict[int | None, tuple[_Front, list[_Block]]]]
 
     async def take(self, shard: int | None) -> tuple[_Front, list[_Block]] | None:
         """Return a shard's, once; None where there was nothing to read, or they were taken."""
-        return (await self._work).pop(shard, None)
+        return (await self.work).pop(shard, None)
 
 
 async def _let_work() -> None:
@@ -106,7 +95,7 @@ async def _let_work() -> None:
 
 
 async def ahead(redis: Redis, *, now_ms: int, settings: Settings | None = None) -> Ahead:
-    """Read what `seal` will seal at a time to come, and make the blocks of it at the next moments of waiting.
+    """Begin to read what `seal` will seal at a time to come; its blocks are made at the next moments of waiting.
 
     Parameters
     ----------
@@ -123,9 +112,25 @@ async def ahead(redis: Redis, *, now_ms: int, settings: Settings | None = None) 
     settings = settings or load()
     limit_ms = now_ms - settings.retention.hot_s * 1000
     shards = schema.shards_of(settings)
-    enough = settings.writer.block_bytes // 2
-    fronts = await of_each(shards, lambda shard, together: _read(redis, shard, together, limit_ms, enough))
-    return Ahead(limit_ms, dict(zip(shards, fronts, strict=True)), settings)
+    found = zip(shards, await of_each(shards, lambda shard, _: _begin(redis, shard, limit_ms)), strict=True)
+    begun = {shard: one for shard, one in found if one}
+
+    async def made() -> dict[int | None, tuple[_Front, list[_Block]]]:
+        enough, done = settings.writer.block_bytes // 2, dict[int | None, tuple[_Front, list[_Block]]]()
+        fronts = await of_each(
+            list(begun), lambda shard, together: _read(redis, shard, together, limit_ms, enough, begun[shard])
+        )
+        for shard, front in zip(begun, fronts, strict=True):
+            await _let_work()
+            done[shard] = front, []
+            for block in _blocks(front, settings, False):
+                done[shard][1].extend([block] if block else [])
+                await _let_work()
+        return done
+
+    work = asyncio.create_task(made())
+    await _let_work()  # what it reads is asked for before what comes next
+    return Ahead(limit_ms, work)
 
 
 async def seal(
@@ -199,10 +204,14 @@ async def _seal(
     ready = await made.take(shard) if made else None
     while tries < _TRIES:
         enough = settings.writer.block_bytes // 2 << tries  # entries: more of them than the last block had room for
-        front = ready[0] if ready else await _read(redis, shard, together, limit_ms, enough)
-        if front is None:
+        blocks: Iterable[_Block | None]
+        if ready:
+            front, blocks = ready
+        elif begun := await _begin(redis, shard, limit_ms):
+            front = await _read(redis, shard, together, limit_ms, enough, begun)
+            blocks = _blocks(front, settings, partial)
+        else:
             break
-        blocks = ready[1] if ready else _blocks(front, settings, partial)
         done, more = await _move(redis, shard, front, blocks, settings)
         each = front.each[0] if front.each else 0.0
         total = Sealed(total.events + done.events, total.blocks + done.blocks, total.payload + done.payload, each)
@@ -213,12 +222,15 @@ async def _seal(
     return total
 
 
-async def _read(redis: Redis, shard: int | None, together: int, limit_ms: int, enough: int) -> _Front | None:
-    """Read streams from their fronts until there are enough entries before the time up to which all have been read."""
+async def _begin(redis: Redis, shard: int | None, limit_ms: int) -> _Begun | None:
+    """Look which streams a shard has, and up to when it is sealed; None where that is long enough."""
     epoch, sealed, names = await names_of(redis, shard)
-    if not epoch or limit_ms <= sealed:
-        return None
-    streams = await streams_of(redis, shard, names, None)
+    return (names, sealed, await streams_of(redis, shard, names, None)) if epoch and sealed < limit_ms else None
+
+
+async def _read(redis: Redis, shard: int | None, together: int, limit_ms: int, enough: int, begun: _Begun) -> _Front:
+    """Read streams from their fronts until there are enough entries before the time up to which all have been read."""
+    names, sealed, streams = begun
     pages: dict[str, list[Alike]] = {key: [] for key, _ in streams}
     ids: dict[str, list[bytes]] = {key: [] for key in pages}
     times: dict[str, NDArray[np.int64]] = {key: times_of([]) for key in pages}
@@ -339,57 +351,3 @@ async def _move(
         sealed = one.cut_ms
         done = Sealed(done.events + int(moved), done.blocks + 1, done.payload + len(one.payload))
     return done, not front.whole
-
-
-def fitting(
-    id_ms: NDArray[np.int64], room: int, length: Callable[[int], int], each: float | None = None
-) -> tuple[int, bool]:
-    """Find how many of the first events fill a block, those of one moment kept together.
-
-    A block lies in an allocation of its own, whose sizes are steps of up to a quarter: one that is a little too large
-    wastes the rest of its step. So blocks are made to fit just below `writer.block_bytes`.
-
-    Parameters
-    ----------
-    id_ms : array of int64, shape (n,)
-        The times of the events' IDs.
-    room : int
-        Bytes that a block may have.
-    length : callable
-        Says how many bytes a block of so many of the first events takes.
-    each : float, optional
-        Bytes of an event in the block before.
-
-    Returns
-    -------
-    count, full : int, bool
-        `full` says that the block is as large as can be, not just as large as there are events for it.
-    """
-    whole, best, size = len(id_ms), 0, 0
-    if each and whole <= MAX_EVENTS and whole * each < _FAR * room:
-        return whole, False
-    least = whole + 1  # the fewest events known to be too many
-    count = min(max(int(_AIM * room / (each or _TYPICAL)), 1), MAX_EVENTS)
-    for _ in range(_FITS):
-        count = _untied(id_ms, count)
-        if not best < count < least:
-            break
-        found = length(count)
-        if found <= room:
-            best, size = count, found
-            if count == whole or found > _FULL * room:
-                break
-        else:
-            least = count
-            if count == _untied(id_ms, 1):  # one moment that is larger than a block
-                return count, True
-        count = min(max(int(_AIM * count * room / found), best + 1), least - 1, MAX_EVENTS)
-    return (best, best < whole or size > 0.9 * room) if best else (_untied(id_ms, 1), True)
-
-
-def _untied(id_ms: NDArray[np.int64], count: int) -> int:
-    """Return the largest number up to `count` that cuts between two different times, or the first such above it."""
-    if count >= len(id_ms):
-        return len(id_ms)
-    below = int(np.searchsorted(id_ms, id_ms[count]))
-    return below or int(np.searchsorted(id_ms, id_ms[count], side="right"))

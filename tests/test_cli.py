@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from liqlab import clock
 from liqlab.cli import OVER_BUDGET, app
+from liqlab.cli.terminal import wait
 from liqlab.events import Event
 from liqlab.server import Server
 from liqlab.writer import Writer
@@ -223,6 +224,14 @@ def test_ctrl_c_ends_serve_well() -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
     assert not folder.exists()
+
+
+def test_a_wait_ends_with_what_is_waited_for_or_with_its_time() -> None:
+    answers = iter([None, None, 3])
+    assert wait(lambda: next(answers), None) == 3
+    began = clock.elapsed_s()
+    assert wait(lambda: None, 0.3) is None
+    assert clock.elapsed_s() - began >= 0.3
 
 
 def test_synth_makes_the_same_feed_again(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 from liqlab import clock, read_feed, schema, serve, settings, synth
 from liqlab.archive import count
 from liqlab.cleanup import Cleaner
+from liqlab.detector import Detector, backtest
 from liqlab.events import EventError, empty, event_table
 from liqlab.feeds import Feed
 from liqlab.fidelity import Replayed, fidelity, replay
@@ -285,6 +286,19 @@ async def test_a_server_that_is_too_small_loses_events_to_cleanup_and_evicts_non
 async def test_a_replay_of_nothing_says_so(default_redis: Redis) -> None:
     with pytest.raises(EventError, match="holds no event"):
         await replay(empty(), default_redis)
+
+
+@pytest.mark.parametrize("refresh_s", [45, 60, 600])
+async def test_judging_beside_the_writer_finds_what_judging_before_it_finds(
+    default_redis: Redis, refresh_s: int
+) -> None:
+    own = settings.load(detector={"method": "exact", "refresh_s": refresh_s})
+    events = synth("cascade", hours=2, seed=3, symbols=20)
+    done = await ingest(events, default_redis, settings=own, detector=Detector(default_redis, settings=own))
+    await default_redis.flushall()
+    expected = await backtest(events, Detector(default_redis, settings=own))
+    assert len(expected) > 20
+    pd.testing.assert_frame_equal(done.alerts, expected)
 
 
 async def test_sets_of_values_end_on_the_feeds_clock_too(default_redis: Redis) -> None:

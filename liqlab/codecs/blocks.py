@@ -93,6 +93,10 @@ _HEAD: Final = struct.Struct(">BHHIHII")  # version, events, first time (2 + 4),
 _VERSION: Final = 1
 _LONG: Final = 1 << 40  # a mantissa from here on takes as much as the float64 that it stands for
 _GROUPS: Final = 4
+_FITS: Final = 6
+_FAR: Final = 0.8  # of the room: what would take less by the block before needs no look
+_FULL, _AIM = 0.955, 0.978  # of the room: what a search is content with, and what it aims at
+_TYPICAL: Final = 5.0  # bytes of an event in a block
 _SQRT: Final = 44  # twice the logarithm of how far prices go: chosen on recordings, any would decode
 
 
@@ -319,3 +323,57 @@ def _unpack_sizes(unpack: Unpacker, pair: Ints, ticks: Ints, worth: Floats, pric
     places[there] = _exponents((code - np.where(inverse, 32, np.minimum(ticks, 4)))[there])
     lots = unpack.numbers(len(pair), offset=_scale(worth, inverse, places)[pair])
     return unscaled_sizes(lots, places[pair], inverse[pair], price)
+
+
+def fitting(
+    id_ms: NDArray[np.int64], room: int, length: Callable[[int], int], each: float | None = None
+) -> tuple[int, bool]:
+    """Find how many of the first events fill a block, those of one moment kept together.
+
+    A block lies in an allocation of its own, whose sizes are steps of up to a quarter: one that is a little too large
+    wastes the rest of its step. So blocks are made to fit just below `writer.block_bytes`.
+
+    Parameters
+    ----------
+    id_ms : array of int64, shape (n,)
+        The times of the events' IDs.
+    room : int
+        Bytes that a block may have.
+    length : callable
+        Says how many bytes a block of so many of the first events takes.
+    each : float, optional
+        Bytes of an event in the block before.
+
+    Returns
+    -------
+    count, full : int, bool
+        `full` says that the block is as large as can be, not just as large as there are events for it.
+    """
+    whole, best, size = len(id_ms), 0, 0
+    if each and whole <= MAX_EVENTS and whole * each < _FAR * room:
+        return whole, False
+    least = whole + 1  # the fewest events known to be too many
+    count = min(max(int(_AIM * room / (each or _TYPICAL)), 1), MAX_EVENTS)
+    for _ in range(_FITS):
+        count = _untied(id_ms, count)
+        if not best < count < least:
+            break
+        found = length(count)
+        if found <= room:
+            best, size = count, found
+            if count == whole or found > _FULL * room:
+                break
+        else:
+            least = count
+            if count == _untied(id_ms, 1):  # one moment that is larger than a block
+                return count, True
+        count = min(max(int(_AIM * count * room / found), best + 1), least - 1, MAX_EVENTS)
+    return (best, best < whole or size > 0.9 * room) if best else (_untied(id_ms, 1), True)
+
+
+def _untied(id_ms: NDArray[np.int64], count: int) -> int:
+    """Return the largest number up to `count` that cuts between two different times, or the first such above it."""
+    if count >= len(id_ms):
+        return len(id_ms)
+    below = int(np.searchsorted(id_ms, id_ms[count]))
+    return below or int(np.searchsorted(id_ms, id_ms[count], side="right"))

@@ -158,7 +158,6 @@ async def ingest(
     asked, last_ms = [ms for ms in moments if visit], int(times[-1]) // expiry.step_ms * expiry.step_ms
 
     edges = np.append(run_starts(times // expiry.step_ms), total)  # of steps
-    samples = {*edges[: -1 : max(len(edges) // _SAMPLES, 1)].tolist(), total}
 
     def now_at(stop: int) -> int:
         """Return the time of the step that row `stop` begins."""
@@ -166,6 +165,9 @@ async def ingest(
         return step * expiry.step_ms
 
     seals = Seals(redis, settings, columns, now_at, rounds) if sealing else None
+    # Of a long feed memory is looked at where it is cut for sealing anyway.
+    places = seals.rows if seals and len(seals.rows) > _SAMPLES else edges[:-1].tolist()
+    samples = {*places[:: max(len(places) // _SAMPLES, 1)], total}
     cuts = np.unique(
         [
             *samples,

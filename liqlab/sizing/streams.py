@@ -12,7 +12,8 @@ import numpy as np
 
 from liqlab.clock import MINUTE_MS
 from liqlab.codecs import CODECS
-from liqlab.sealing import ENTRY, MOST_EACH, fitting
+from liqlab.codecs.blocks import fitting
+from liqlab.sealing import ENTRY, MOST_EACH
 from liqlab.settings import Settings
 from liqlab.sizing.entries import Entries
 from liqlab.sizing.prepare import Prepared
