@@ -129,8 +129,8 @@ class Link:
         self._cluster = as_cluster(redis)
         if self._cluster:
             check_shards(settings)
-            if settings.writer.strategy != "script":
-                raise SettingsError(f"writer.strategy = {settings.writer.strategy!r}: a cluster needs 'script'")
+        if settings.shards > 1 and settings.writer.strategy != "script":
+            raise SettingsError(f"writer.strategy = {settings.writer.strategy!r}: more than one shard needs 'script'")
         # With a journal nothing is gained by waiting: it takes what a cluster without a primary does not.
         self._patience_s = settings.cluster.failover_s if self._cluster and settings.journal.path is None else 0.0
         self._taken: dict[int | None, tuple[str, int]] = {}  # by which node a shard's last batch was, and its number

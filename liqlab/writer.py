@@ -86,11 +86,10 @@ class Writer:
             self._unsure = self.journal.mode == "wal"
         self._redis = redis
         self._link = Link(redis, settings, name, self.counts)
-        self._in_flight: deque[Batch] = deque()
-        self._waiting: deque[tuple[Event, float, bool, asyncio.Future[None]]] = deque()
+        self._in_flight = deque[Batch]()
+        self._waiting = deque[tuple[Event, float, bool, asyncio.Future[None]]]()
         self._busy = Busy(settings) if settings.writer.layout == "hybrid" else None
-        self._wake = asyncio.Event()
-        self._room = asyncio.Event()
+        self._wake, self._room = asyncio.Event(), asyncio.Event()
         self._sending = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._closing = False
@@ -224,6 +223,7 @@ class Writer:
             sending, after = None, next(following, None)
             async with self._sending:
                 await self._deliver()
+                made = made if made and made[-1].seq == self._seq else []  # else something was written in between
                 try:
                     for first, last in pairwise(cuts(start, stop, size)):
                         batches, made = made or self._batches(columns.rows(slice(first, last))), []

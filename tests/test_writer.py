@@ -15,6 +15,7 @@ from liqlab.candles import WIDTHS
 from liqlab.events import Columns, Event, EventError, event_table
 from liqlab.sealing import seal
 from liqlab.server import Server, connect
+from liqlab.settings import SettingsError
 from liqlab.writer import Writer, WriterError
 
 T0 = 1_737_908_829_829
@@ -104,6 +105,23 @@ async def test_what_a_codec_cannot_carry_is_stored_all_the_same(default_redis: R
     await writer.write_table(events.assign(ts_ms=events["ts_ms"] - 60_000))  # late, too
     both = pd.concat([events, events.assign(ts_ms=events["ts_ms"] - 60_000)])
     pd.testing.assert_frame_equal(await stored(default_redis), plain(both), check_dtype=False)
+
+
+async def test_what_is_written_between_two_slices_is_there_too(redis: Redis) -> None:
+    events, others = sample(2_000), sample(100, seed=2)
+    async with Writer(redis) as writer:
+        async for start, _ in writer.write_slices(events, [700, 1_400, 2_000]):
+            if start == 0:
+                await writer.write_table(others)
+            if start == 700:
+                await writer.write(Event(T0 + 500_000, "okx", "Z", "buy", 1.0, 1.0, 1.0))
+                await writer.flush()
+    assert writer.counts.written == len(await history(redis)) == 2_101
+
+
+def test_more_than_one_shard_is_written_by_the_script(default_server: Server) -> None:
+    with pytest.raises(SettingsError, match="more than one shard"):
+        Writer(default_server.connect(), settings=settings.load(shards=4, writer={"strategy": "pipeline"}))
 
 
 @pytest.mark.parametrize("strategy", ["pipeline", "single"])
