@@ -37,12 +37,15 @@ class Sealed:
     ----------
     each : float
         Bytes that an event takes in a block by the last one that was made, or only measured; 0 where none was.
+    until_ms : int
+        Up to when events are sealed now; 0 where nothing was older than the hot window.
     """
 
     events: int = 0
     blocks: int = 0
     payload: int = 0
     each: float = 0.0
+    until_ms: int = 0
 
 
 _Begun = tuple[
@@ -214,7 +217,8 @@ async def _seal(
             break
         done, more = await _move(redis, shard, front, blocks, settings)
         each = front.each[0] if front.each else 0.0
-        total = Sealed(total.events + done.events, total.blocks + done.blocks, total.payload + done.payload, each)
+        sums = total.events + done.events, total.blocks + done.blocks, total.payload + done.payload
+        total = Sealed(*sums, each, done.until_ms)
         if not more:
             break
         tries = 0 if done.blocks or ready else tries + 1
@@ -336,7 +340,7 @@ async def _move(
     keys = [schema.BY_NAME[name].key(shard=shard) for name in ("names", "blocks")]
     keys += [key for key, _ in front.streams]
     field, ttl_s = CODECS[settings.writer.block_codec].fields[0], settings.retention.events_s
-    done, sealed = Sealed(), front.sealed
+    done, sealed = Sealed(until_ms=front.sealed), front.sealed
     for one in filter(None, blocks):
         moved = await script(
             keys=keys,
@@ -349,5 +353,5 @@ async def _move(
         if moved < 0:  # a writer or another sealer came in between
             return done, True
         sealed = one.cut_ms
-        done = Sealed(done.events + int(moved), done.blocks + 1, done.payload + len(one.payload))
+        done = Sealed(done.events + int(moved), done.blocks + 1, done.payload + len(one.payload), until_ms=sealed)
     return done, not front.whole

@@ -1,6 +1,7 @@
 """An ingest follows the feed's own clock: what is left is what a live server would hold at the feed's end."""
 
 import asyncio
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from liqlab import clock, read_feed, schema, serve, settings, synth
 from liqlab.archive import count
@@ -18,7 +20,7 @@ from liqlab.feeds import Feed
 from liqlab.fidelity import Replayed, fidelity, replay
 from liqlab.replay import at_speed, ingest
 from liqlab.server import Server
-from liqlab.writer import Writer
+from liqlab.writer import Writer, WriterError
 from tests.test_writer import T0, plain, sample, stored
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -299,6 +301,36 @@ async def test_judging_beside_the_writer_finds_what_judging_before_it_finds(
     expected = await backtest(events, Detector(default_redis, settings=own))
     assert len(expected) > 20
     pd.testing.assert_frame_equal(done.alerts, expected)
+
+
+async def test_events_that_were_there_before_are_sealed_and_so_are_those_that_come(default_redis: Redis) -> None:
+    events = synth("normal", hours=4, seed=1)
+    half = len(events) // 2
+    await ingest(events[:half].reset_index(drop=True), default_redis, sealing=False)
+    await ingest(events[half:].reset_index(drop=True), default_redis)
+    left = await default_redis.xlen("liq")
+    await default_redis.flushall()
+    await ingest(events[:half].reset_index(drop=True), default_redis)
+    await ingest(events[half:].reset_index(drop=True), default_redis)
+    assert left == pytest.approx(await default_redis.xlen("liq"), abs=4_000)  # a block's
+
+
+async def test_a_server_that_dies_leaves_no_task_behind(fresh_server: Callable[..., Server]) -> None:
+    said: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
+    events = synth("normal", hours=2, seed=1)
+    server = fresh_server()
+    async with server.connect() as redis:
+
+        def progress(done: int, total: int) -> None:
+            if done > total / 2:
+                server.kill()
+
+        with pytest.raises((WriterError, RedisError)):
+            await ingest(events, redis, detector=Detector(redis), progress=progress)
+    gc.collect()
+    await asyncio.sleep(0)
+    assert said == []
 
 
 async def test_sets_of_values_end_on_the_feeds_clock_too(default_redis: Redis) -> None:

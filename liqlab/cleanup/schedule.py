@@ -20,6 +20,7 @@ from redis.exceptions import LockError, RedisError
 
 from liqlab import clock, schema
 from liqlab.cleanup import Action, Cleaner
+from liqlab.codecs import CodecError
 from liqlab.server import checkpoint
 
 JOBS: Final = ("trim", "check", "compact", "daily")  # methods of Cleaner; `cleanup.NAME_s` is how often each runs
@@ -99,7 +100,8 @@ async def _hold(redis: Redis, lock: Lock, cleaner: Cleaner, every_s: float) -> N
                 try:
                     await getattr(cleaner, job)()
                     await redis.hset(marks, f"{job}_ms", str(clock.now_ms()))
-                except RedisError as error:  # the server is away, or refuses: the next run does it
+                # The server is away, or refuses, or a stream holds what nobody reads: the next run tries again.
+                except (CodecError, RedisError) as error:
                     _log.warning("%s: %s", job, error)
 
         return work

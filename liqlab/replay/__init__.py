@@ -225,6 +225,8 @@ async def ingest(
     finally:
         if watch:
             await watch.close()
+        if seals:
+            await seals.close()
     return Ingested(
         events=writer.counts.written,
         late=writer.counts.late,

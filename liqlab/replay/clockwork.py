@@ -6,7 +6,7 @@ import asyncio
 import heapq
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,9 +139,7 @@ class Watch:
 
     async def close(self) -> None:
         """Give up what is not judged."""
-        if self._judging and not self._judging.done():
-            self._judging.cancel()
-            await asyncio.gather(self._judging, return_exceptions=True)
+        await _given_up(self._judging)
 
     async def _judge(self, part: Rows) -> None:
         raised = await self._detector.judge(self._events, part, self._volume)
@@ -150,6 +148,13 @@ class Watch:
 
     def _part(self, start: int, stop: int) -> Rows:
         return self._rows[slice(*self._rows.searchsorted([start, stop]).tolist())]
+
+
+async def _given_up(task: asyncio.Task[Any] | None) -> None:
+    """End a task whose result nobody wants any more, nor its error."""
+    if task:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 class Seals:
@@ -175,7 +180,7 @@ class Seals:
         of_symbol = np.array([schema.shard_of(name, settings.shards) or 0 for name in events.symbols], np.int64)
         of_event = of_symbol[events.symbol]
         self._of_shard = {shard: events.ts_ms[of_event == (shard or 0)] for shard in shards}
-        self._sealed = dict.fromkeys(shards, 0)  # events
+        self._sealed_ms = dict.fromkeys(shards, 0)  # up to when all is
         # With fewer no full block would be found.
         self._enough = dict.fromkeys(shards, float(settings.writer.block_bytes // MOST_EACH))
         minutes = events.ts_ms // clock.MINUTE_MS * clock.MINUTE_MS
@@ -196,7 +201,7 @@ class Seals:
         self._made = None
         for shard, one in done.items():
             self.events += one.events
-            self._sealed[shard] += one.events
+            self._sealed_ms[shard] = max(one.until_ms, self._sealed_ms[shard])
             if one.blocks:
                 self._enough[shard] = _NEARLY * one.events / one.blocks
             elif one.each:
@@ -212,13 +217,16 @@ class Seals:
 
     def _due(self, now_ms: int) -> list[int | None]:
         """Return the shards that have enough events to seal."""
-        ends = [now_ms - self._hot_ms, self._rounds.sealed_ms if self._rounds else 0]
-        due = list[int | None]()
+        due, compacted_ms = list[int | None](), self._rounds.sealed_ms if self._rounds else 0
         for shard, times in self._of_shard.items():
-            old, compacted = times.searchsorted(ends).tolist()
-            if old - max(self._sealed[shard], compacted) >= self._enough[shard]:
+            sealed, old = times.searchsorted([max(self._sealed_ms[shard], compacted_ms), now_ms - self._hot_ms])
+            if old - sealed >= self._enough[shard]:
                 due.append(shard)
         return due
+
+    async def close(self) -> None:
+        """Give up the blocks that were to be made next."""
+        await _given_up(self._made.work if self._made else None)
 
 
 class Expiry:
