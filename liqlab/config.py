@@ -321,7 +321,7 @@ def _toml(tree: Mapping[str, Any], name: str = "") -> Iterator[str]:
     if name and leaves:
         yield from ("", f"[{name}]")
     for key, value in leaves.items():
-        yield f"{key if key.isidentifier() else json.dumps(key)} = {json.dumps(value)}"
+        yield f"{key if key.isascii() and key.isidentifier() else json.dumps(key)} = {json.dumps(value)}"
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _toml(value, f"{name}.{key}" if name else key)

@@ -244,8 +244,9 @@ class TopK(Exact):
 class Reservoir(_SortedSets):
     """A uniform sample of each bucket, and how many values it stands for.
 
-    Each value gets a priority that its own identity decides, and the lowest stay: whoever adds, in whatever order and
-    however often, the sample is the same. (Bottom-k sampling; Cohen and Kaplan 2007.)
+    Each value gets a priority by its time, its amount and its place among those added with it, and the lowest stay: the
+    same calls give the same sample, whatever was there. (Bottom-k sampling; Cohen and Kaplan 2007.) What is added again
+    is counted again.
     """
 
     name = "reservoir"

@@ -11,7 +11,7 @@ import pytest
 from redis.asyncio import Redis
 from typer.main import get_command
 
-from liqlab import clock
+from liqlab import clock, synth
 from liqlab.cli import OVER_BUDGET, app
 from liqlab.cli.terminal import wait
 from liqlab.events import Event
@@ -178,6 +178,24 @@ async def test_over_budget_has_its_own_exit_code(feed: str, default_server: Serv
     assert done.returncode == OVER_BUDGET
     assert "over budget: streams" in done.stderr
     assert liqlab("budget", "--fail-on", "rain", **url).returncode == 2
+    assert liqlab("feeds", "inspect", feed, "--map", "ts_ms").returncode == 2
+
+
+def test_a_feed_without_alerts_is_tuned_all_the_same(tmp_path: Path) -> None:
+    quiet = str(tmp_path / "quiet.jsonl")
+    liqlab("synth", "--profile", "quiet", "--hours", "0.5", "--symbols", "3", "--out", quiet)
+    done = liqlab("tune", quiet, "--count", "5")
+    assert done.returncode == 0, done.stderr
+    assert "5 settings tried" in done.stdout
+
+
+async def test_what_no_codec_wrote_is_an_error_of_one_sentence(default_server: Server, default_redis: Redis) -> None:
+    await Writer(default_redis).write_table(synth("quiet", hours=0.5, seed=1))
+    await default_redis.xadd("liq", {"foo": "bar"}, id="1999999999999-1")
+    done = liqlab("detect", LIQLAB_REDIS_URL=default_server.url)
+    assert done.returncode == 1
+    assert "are of no codec that liqlab has" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -192,6 +210,10 @@ async def test_over_budget_has_its_own_exit_code(feed: str, default_server: Serv
         (["ingest", SAMPLE, "--set", "writer.layout"], "NAME=VALUE"),
         (["synth", "--profile", "stormy"], "stormy"),
         (["synth", "--format", "fax"], "fax"),
+        (["size", SAMPLE, "--rate", "0"], "rate is 0"),
+        (["size", SAMPLE, "--hours", "inf"], "inf"),
+        (["tune", SAMPLE, "--count", "0"], "count is 0"),
+        (["size", SAMPLE, "--set", "server=x", "--set", "server.maxmemory=8mb"], "server.maxmemory=8mb"),
     ],
 )
 def test_an_error_is_one_sentence_with_the_value_and_no_secret(words: list[str], message: str) -> None:

@@ -257,6 +257,26 @@ def test_more_memory_is_more_history_and_the_shares_add_up() -> None:
     assert small["binds"] == "statistics"
 
 
+def test_what_has_no_budget_does_not_fit_and_is_named() -> None:
+    prepared = sizing.prepare(day("cascade", hours=1))
+    none = evaluate(prepared, settings.load(budget={"misc": 0, "streams": 0.48}))
+    assert (none.fits, none.binds, none.headroom_pct) == (False, "misc", -100)
+    assert none.headline == "Does not fit: misc is 100 % over its budget"
+    all_streams = dict.fromkeys(("vwap", "percentile", "statistics", "misc", "buffer"), 0)
+    assert not evaluate(prepared, settings.load(budget={"streams": 1, **all_streams})).fits
+
+
+def test_shares_that_hold_while_the_whole_may_not_are_said_so() -> None:
+    prepared = sizing.prepare(liqlab.read_feed(Path(__file__).resolve().parents[1] / "data/cascade-1h.jsonl.gz"))
+    one = evaluate(prepared, settings.load(server={"maxmemory": "4mb"}))
+    budget = {name: 1.01 * size / one.maxmemory for name, size in one.shares["bytes"].items() if name != "streams"}
+    budget["streams"] = 1 - sum(budget.values())
+    found = evaluate(prepared, settings.load(server={"maxmemory": "4mb"}, budget=budget))
+    assert found.headroom_pct > 0
+    assert not found.fits
+    assert found.headline.startswith("May not fit: `used_memory`")
+
+
 def test_history_is_no_longer_than_events_live() -> None:
     prepared = sizing.prepare(day())
     assert evaluate(prepared, settings.load()).history_h > 200
@@ -429,6 +449,11 @@ def test_a_sweep_refuses_what_is_no_setting() -> None:
         sweep(prepared, {"retention.hot_s": (300, -5)})
     with pytest.raises(EventError, match="no event"):
         sweep(empty(), SPACE)
+    with pytest.raises(EventError, match="count is 0"):
+        sweep(prepared, count=0)
+    for wrong in ({"recall": 2}, {"error_pct": 0}, {"history_h": -1}):
+        with pytest.raises(EventError, match=next(iter(wrong))):
+            Constraints(**wrong)
 
 
 def test_the_front_is_what_nothing_beats() -> None:
@@ -449,6 +474,13 @@ def test_the_front_is_what_nothing_beats() -> None:
     ]
     assert pareto(table).index.tolist() == kept
     assert len(kept) > 3
+
+
+def test_a_figure_that_nobody_knows_decides_nothing() -> None:
+    table = pd.DataFrame({"used_bytes": [3, 1, 2], "history_h": [3, 2, 1], "recall": np.nan})
+    table["threshold_error_pct"] = np.nan
+    assert pareto(table).index.tolist() == [0, 1]
+    assert pareto(table.iloc[:0]).empty
 
 
 # Which settings fit --------------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def monitor(
 
 def config(
     redis: Url = None,
-    out: Annotated[Path | None, typer.Option(help="Write redis.conf, users.acl, start.sh, docker-compose.yml.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write liqlab.toml, redis.conf and the rest there.")] = None,
     apply: Annotated[bool, typer.Option("--apply", help="Set what can be set on the running server.")] = False,
     dry_run: DryRun = False,
     options: Set = None,

@@ -31,7 +31,18 @@ Zone = Annotated[str | None, typer.Option("--tz", help="The zone of times withou
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting: writer.layout=shared")]
 Json = Annotated[bool, typer.Option("--json", help="For machines.")]
 Url = Annotated[str | None, typer.Option("--redis", help="A server's URL; LIQLAB_REDIS_URL keeps it out of `ps`.")]
-FailOn = Annotated[str | None, typer.Option("--fail-on", help=f"over-budget: exit with {OVER_BUDGET} when one is.")]
+
+
+def _condition(named: str | None) -> str | None:
+    if named not in (None, "over-budget"):
+        raise typer.BadParameter(f"{named!r} is not a condition; the one there is: over-budget")
+    return named
+
+
+FailOn = Annotated[
+    str | None,
+    typer.Option("--fail-on", help=f"over-budget: exit with {OVER_BUDGET} when one is.", callback=_condition),
+]
 
 
 def chosen_settings(options: list[str] | None) -> Settings:
@@ -45,6 +56,8 @@ def chosen_settings(options: list[str] | None) -> Settings:
         node = tree
         for section in sections:
             node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise SettingsError(f"--set {option!r}: {section} is given a value of its own by another --set")
         node[leaf] = value
     return settings.load(**tree)
 
@@ -76,7 +89,10 @@ def read(
     """Read a feed, with a bar; see `liqlab.read_feed`."""
     from liqlab.feeds import read_feed
 
-    names = dict(pair.split("=", 1) for pair in columns.split(",") if "=" in pair) if columns else None
+    pairs = columns.split(",") if columns else []
+    if wrong := [pair for pair in pairs if "=" not in pair]:
+        raise typer.BadParameter(f"{wrong[0]!r}: write it as OURS=THEIRS, e.g. ts_ms=timestamp", param_hint="--map")
+    names = dict(pair.split("=", 1) for pair in pairs) or None
     with progress("read") as step:
         return read_feed(
             named, form, symbol=symbol, exchange=exchange, columns=names, unit=unit, tz=tz, settings=chosen,

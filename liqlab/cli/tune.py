@@ -101,10 +101,11 @@ def tune(
         figures = (
             f"{row['history_h']:,.1f}",
             f"{row['used_bytes'] / (1 << 20):,.2f}",
-            f"{row['threshold_error_pct']:.2f}",
+            f"{row['threshold_error_pct']:.2f}".replace("nan", "-"),
+            f"{row['recall']:.4f}".replace("nan", "-"),  # there is none without thresholds, or without alerts
         )
         chosen_values = (str(row[name]).replace("<NA>", "-") for name in varied)
-        table.add_row(*chosen_values, *figures, f"{row['recall']:.4f}", "yes" if row["fits"] else "no")
+        table.add_row(*chosen_values, *figures, "yes" if row["fits"] else "no")
     screen.print(table)
     same = ", ".join(f"{name}={front[name].iloc[0]}" for name in space if name not in varied)
     if same:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from liqlab.budget import records
+from liqlab.events import EventError
 from liqlab.feeds import Feed
 from liqlab.replay import Progress
 from liqlab.settings import Settings, changed, load, setting
@@ -42,6 +43,11 @@ class Constraints:
     shares : str
         ``fixed``: `budget` stays as it is. ``fitted``: other families get what they take and a quarter more, and the
         streams all the rest.
+
+    Raises
+    ------
+    EventError
+        Of numbers that cannot be.
     """
 
     maxmemory: int | None = None
@@ -50,6 +56,13 @@ class Constraints:
     history_h: float = 0.0
     rate: float = 1.0
     shares: Literal["fixed", "fitted"] = "fixed"
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.recall <= 1 and self.error_pct > 0 and self.history_h >= 0):
+            raise EventError(
+                f"recall = {self.recall:g}, error_pct = {self.error_pct:g}, history_h = {self.history_h:g}: a recall is"
+                " 0 to 1, an error above 0, and hours are none or more"
+            )
 
 
 @dataclass(frozen=True)
@@ -160,7 +173,7 @@ def recommend(
         "share": 1 - tried["headroom_pct"] / 100,
         "error": tried["threshold_error_pct"].fillna(0) / wanted.error_pct,
         "missed": (1 - tried["recall"].fillna(1)) / max(1 - recall, 1e-9),
-        "history": wanted.history_h / tried["history_h"],
+        "history": wanted.history_h / tried["history_h"].clip(lower=1e-9),
     }
     excess = pd.DataFrame(used).max(axis=1)
     tried["holds"] = tried["fits"] & (excess <= 1)
@@ -207,7 +220,11 @@ def _limits(outcome: Outcome, wanted: Constraints, recall: float) -> pd.DataFram
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["value", "limit"]).astype(float)
     table["used_pct"] = 100 * table["value"] / table["limit"].clip(lower=1e-9)
     if wanted.history_h:
-        table.loc["history h"] = (outcome.history_h, wanted.history_h, 100 * wanted.history_h / outcome.history_h)
+        table.loc["history h"] = (
+            outcome.history_h,
+            wanted.history_h,
+            100 * wanted.history_h / max(outcome.history_h, 1e-9),
+        )
     return table.rename_axis("limit of")
 
 

@@ -72,7 +72,8 @@ class Outcome:
         through["buffer"] = predicted.base_bytes + predicted.scripts_bytes
         room = np.array(list(budget.values())) * self.maxmemory
         most = np.array([float(np.max(size)) for size in through.values()])
-        left = 100 * (1 - most / np.where(room > 0, room, np.nan))
+        # Of a share that has no budget nothing is left, and whatever lies in it is too much.
+        left = np.where(room > 0, 100 * (1 - most / np.where(room > 0, room, 1)), np.where(most > 0, -100.0, 0.0))
         return pd.DataFrame(
             {"budget_bytes": room, "bytes": most, "headroom_pct": left}, index=pd.Index(list(budget), name="share")
         )
@@ -105,9 +106,9 @@ class Outcome:
 
     @cached_property
     def _left(self) -> dict[str, float]:
-        """What each share has left, but for the streams, and for those without a budget."""
+        """What each share has left, but for the streams."""
         left: dict[Any, float] = self.shares["headroom_pct"].to_dict()
-        return {name: percent for name, percent in left.items() if name != "streams" and not np.isnan(percent)}
+        return {name: percent for name, percent in left.items() if name != "streams"}
 
     @property
     def binds(self) -> str:
@@ -129,6 +130,9 @@ class Outcome:
         """What settings buy, in one sentence."""
         hours = self.history_h
         kept = f"{hours:,.1f} hours" if hours < _HOURS_SAID else f"{hours / 24:,.1f} days"
+        over = self.used_bytes + self.predicted.error_bytes - self.maxmemory
+        if not self.fits and self.headroom_pct >= 0:
+            return f"May not fit: `used_memory` comes to up to {human(over)} more than {human(self.maxmemory)}"
         if not self.fits:
             return f"Does not fit: {self.binds} is {-self.headroom_pct:.0f} % over its budget"
         every = ", as long as events live," if hours == self.settings.retention.events_s / 3600 else ""

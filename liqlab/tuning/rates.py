@@ -34,15 +34,15 @@ def extrapolate(feed: Feed | pd.DataFrame, *, rate: float = 1.0, hours: float = 
     Raises
     ------
     EventError
-        The feed holds no event.
-    ValueError
-        The rate is not above 0.
+        The feed holds no event, the rate is not above 0, or the hours are no number.
     """
     events = check(feed.events if isinstance(feed, Feed) else feed)
     if events.empty:
         raise EventError("the feed holds no event; there is nothing to go on from")
     if not (math.isfinite(rate) and rate > 0):
-        raise ValueError(f"the rate is {rate:g}; it must be a number above 0, such as 10")
+        raise EventError(f"the rate is {rate:g}; it must be a number above 0, such as 10")
+    if not math.isfinite(hours):
+        raise EventError(f"so many hours as {hours:g} cannot be gone on for; say how many, such as 24")
     rng, times = clock.generator(seed), events["ts_ms"].to_numpy()
     span_ms = int(times[-1] - times[0]) + clock.MINUTE_MS
     rounds = max(math.ceil(hours * clock.HOUR_MS / span_ms), 1)

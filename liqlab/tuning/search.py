@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from liqlab import clock
+from liqlab.events import EventError
 from liqlab.feeds import Feed
 from liqlab.percentiles import METHODS
 from liqlab.replay import Progress
@@ -72,7 +73,7 @@ def sweep(
     calibration : Calibration, optional
         See `evaluate`.
     count : int, optional
-        Try only so many combinations, drawn without repetition.
+        Try only so many combinations, at least one, drawn without repetition.
     seed : int
         Of that drawing.
     folder : path, optional
@@ -96,10 +97,12 @@ def sweep(
     SettingsError
         A name or a value of `space` is none.
     EventError
-        A method or a strategy of `space` cannot be predicted, or there is no event.
+        A method or a strategy of `space` cannot be predicted, there is no event, or nothing is to be tried.
     """
     # Passwords have no business with workers, nor in what results are known by.
     prepared, base = prepare(events), (settings or load()).model_copy(update={"redis_url": None, "monitor": Monitor()})
+    if count is not None and count < 1:
+        raise EventError(f"count is {count}; at least one combination must be tried")
     for name, values in (space or SPACE).items():
         for value in values:
             changed(base, {name: value})  # what is wrong is said before anything is tried
@@ -275,11 +278,15 @@ def pareto(
     Parameters
     ----------
     table : pandas.DataFrame
-        From `sweep`. Rows with an unknown figure are left out.
+        From `sweep`. A column that no row knows decides nothing: without alerts there is no recall. Else rows with an
+        unknown figure are left out.
     minimise, maximise : sequence of str
         Columns, of which less or more is better.
     """
     goals = np.column_stack([*(table[name] for name in minimise), *(-table[name] for name in maximise)]).astype(float)
+    goals = goals[:, np.isfinite(goals).any(axis=0)]
+    if not goals.size:
+        return table
     known = np.flatnonzero(np.isfinite(goals).all(axis=1))
     goals = goals[known]
     order = np.lexsort(goals.T[::-1])
