@@ -25,6 +25,8 @@ from liqlab.settings import Settings, SettingsError
 
 _SCRIPT: Final = files("liqlab").joinpath("write.lua").read_text()
 _ATTEMPTS: Final = 3
+_TURNS: Final = 8  # of the event loop, in which a batch is encoded and its first 200 KB are sent
+_WAY_S: Final = 5e-9  # a byte, of the rest
 _BACKOFF_S: Final = 0.05
 _OTHER_NAMES, _REPEATED = -1, -2  # what write.lua answers instead of a number of late events
 _LONGEST_S: Final = 0.25  # of a pause between two tries
@@ -336,3 +338,10 @@ def why(error: Exception) -> str:
 def cuts(start: int, stop: int, size: int) -> list[int]:
     """Cut a slice into batches; the first of several is smaller: the server has work while the others are built."""
     return [start, *range(start + (max(size // 4, 1) if stop - start > size else size), stop, size), stop]
+
+
+async def leaving(batch: Batch) -> None:
+    """Let a batch leave before the next one is built: meanwhile nothing is sent, and the server would wait."""
+    for _ in range(_TURNS):
+        await asyncio.sleep(0)
+    await asyncio.sleep(_WAY_S * sum(len(argument) for _, _, argument in batch.packed.values()))

@@ -29,11 +29,10 @@ from liqlab.breaker import Breaker, State
 from liqlab.codecs import CodecError
 from liqlab.events import Columns, Event, check, check_event
 from liqlab.journal import Journal, JournalError
-from liqlab.link import Batch, Busy, Counts, Link, MemoryLostError, cuts, why
+from liqlab.link import Batch, Busy, Counts, Link, MemoryLostError, cuts, leaving, why
 from liqlab.settings import Settings, load
 
 _RETRY_S: Final = 0.5
-_LEAVE_S: Final = 1e-6  # an event: encoding it, and its way; nothing is sent while the next batch is built
 _DRAINED: Final = 20  # batches of the journal read at a time
 
 
@@ -232,7 +231,7 @@ class Writer:
                         self.counts.offered += sum(len(batch.events) for batch in batches)
                         self._in_flight += batches
                         sending = asyncio.create_task(self._deliver())
-                        await asyncio.sleep(_LEAVE_S * (last - first))  # the batch leaves before the next one is built
+                        await leaving(batches[0])
                     if after is not None:
                         made = self._batches(columns.rows(slice(*cuts(stop, after, size)[:2])))
                     if sending is not None:
