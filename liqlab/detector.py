@@ -190,9 +190,7 @@ class Detector:
         raised: list[Alert] = []
         numbers = events.ts_ms[rows] // (1000 * self.settings.detector.refresh_s)
         for start, stop in pairwise([*run_starts(numbers).tolist(), len(rows)]):
-            part = rows[start:stop]
-            part = part[~self.quiet(events, part)]
-            await self._ask([events.symbols[code] for code in np.unique(events.symbol[part]).tolist()], numbers[start])
+            part = await self.ask(events, rows[start:stop])
             limits = {code: self._known[events.symbols[code]][2] for code in np.unique(events.symbol[part]).tolist()}
             for row in part[events.notional[part] >= [limits[code] for code in events.symbol[part].tolist()]].tolist():
                 symbol, side = events.symbols[events.symbol[row]], SIDES[events.side[row]]
@@ -215,12 +213,13 @@ class Detector:
                     raised.append(alert)
         return raised
 
-    async def ask(self, events: Columns, rows: Rows) -> None:
-        """Learn the thresholds by which `judge` will judge some rows, all of one `detector.refresh_s`, as of now."""
+    async def ask(self, events: Columns, rows: Rows) -> Rows:
+        """Learn the thresholds, as of now, of rows of one `detector.refresh_s`; return those not in a cooldown."""
         loud = rows[~self.quiet(events, rows)]
         if len(loud):
             symbols = [events.symbols[code] for code in np.unique(events.symbol[loud]).tolist()]
             await self._ask(symbols, int(events.ts_ms[loud[0]]) // (1000 * self.settings.detector.refresh_s))
+        return loud
 
     def quiet(self, events: Columns, rows: Rows) -> NDArray[np.bool_]:
         """Return which of some rows are in the cooldown of an alert that is known of."""

@@ -6,7 +6,7 @@ import asyncio
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Final
 
@@ -36,9 +36,12 @@ class Sealed:
     Attributes
     ----------
     each : float
-        Bytes that an event takes in a block by the last one that was made, or only measured; 0 where none was.
+        Of a shard: bytes that an event takes in a block by the last one that was made, or only measured; 0 where none
+        was.
     until_ms : int
-        Up to when events are sealed now; 0 where nothing was older than the hot window.
+        Of a shard: up to when events are sealed now; 0 where nothing was older than the hot window.
+    shards : dict of shard to Sealed
+        What was done in each.
     """
 
     events: int = 0
@@ -46,11 +49,7 @@ class Sealed:
     payload: int = 0
     each: float = 0.0
     until_ms: int = 0
-
-
-_Begun = tuple[
-    Names, int, list[tuple[str, str | None]]
-]  # the first three of a front, but for what is in the last block
+    shards: dict[int | None, Sealed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class Ahead:
-    """Blocks for a time to come, read and made while the server is busy with other things: see `ahead`."""
+    """Blocks for a time to come, made while the server is busy with other things: see `ahead`."""
 
     limit_ms: int
     work: asyncio.Task[dict[int | None, tuple[_Front, list[_Block]]]]
@@ -98,7 +97,7 @@ async def _let_work() -> None:
 
 
 async def ahead(redis: Redis, *, now_ms: int, settings: Settings | None = None) -> Ahead:
-    """Begin to read what `seal` will seal at a time to come; its blocks are made at the next moments of waiting.
+    """Read what `seal` will seal at a time to come, and make the blocks of it at the next moments of waiting.
 
     Parameters
     ----------
@@ -115,25 +114,21 @@ async def ahead(redis: Redis, *, now_ms: int, settings: Settings | None = None) 
     settings = settings or load()
     limit_ms = now_ms - settings.retention.hot_s * 1000
     shards = schema.shards_of(settings)
-    found = zip(shards, await of_each(shards, lambda shard, _: _begin(redis, shard, limit_ms)), strict=True)
-    begun = {shard: one for shard, one in found if one}
+    enough = settings.writer.block_bytes // 2
+    fronts = await of_each(shards, lambda shard, together: _read(redis, shard, together, limit_ms, enough))
 
     async def made() -> dict[int | None, tuple[_Front, list[_Block]]]:
-        enough, done = settings.writer.block_bytes // 2, dict[int | None, tuple[_Front, list[_Block]]]()
-        fronts = await of_each(
-            list(begun), lambda shard, together: _read(redis, shard, together, limit_ms, enough, begun[shard])
-        )
-        for shard, front in zip(begun, fronts, strict=True):
-            await _let_work()
-            done[shard] = front, []
-            for block in _blocks(front, settings, False):
-                done[shard][1].extend([block] if block else [])
-                await _let_work()
+        done: dict[int | None, tuple[_Front, list[_Block]]] = {}
+        await _let_work()
+        for shard, front in zip(shards, fronts, strict=True):
+            if front:
+                done[shard] = front, []
+                for block in _blocks(front, settings, False):
+                    done[shard][1].extend([block] if block else [])
+                    await _let_work()
         return done
 
-    work = asyncio.create_task(made())
-    await _let_work()  # what it reads is asked for before what comes next
-    return Ahead(limit_ms, work)
+    return Ahead(limit_ms, asyncio.create_task(made()))
 
 
 async def seal(
@@ -171,19 +166,6 @@ async def seal(
     redis.exceptions.OutOfMemoryError
         The server is at maxmemory.
     """
-    done = (await seal_each(redis, now_ms=now_ms, settings=settings, partial=partial, made=made)).values()
-    return Sealed(sum(one.events for one in done), sum(one.blocks for one in done), sum(one.payload for one in done))
-
-
-async def seal_each(
-    redis: Redis,
-    *,
-    now_ms: int,
-    settings: Settings | None = None,
-    partial: bool = False,
-    made: Ahead | None = None,
-) -> dict[int | None, Sealed]:
-    """Return what `seal` did in every shard."""
     settings = settings or load()
     shards = schema.shards_of(settings)
     limit_ms = now_ms - settings.retention.hot_s * 1000
@@ -191,7 +173,8 @@ async def seal_each(
     done = await of_each(
         shards, lambda shard, together: _seal(redis, shard, together, limit_ms, settings, partial, ready)
     )
-    return dict(zip(shards, done, strict=True))
+    sums = (sum(one.events for one in done), sum(one.blocks for one in done), sum(one.payload for one in done))
+    return Sealed(*sums, shards=dict(zip(shards, done, strict=True)))
 
 
 async def _seal(
@@ -207,14 +190,10 @@ async def _seal(
     ready = await made.take(shard) if made else None
     while tries < _TRIES:
         enough = settings.writer.block_bytes // 2 << tries  # entries: more of them than the last block had room for
-        blocks: Iterable[_Block | None]
-        if ready:
-            front, blocks = ready
-        elif begun := await _begin(redis, shard, limit_ms):
-            front = await _read(redis, shard, together, limit_ms, enough, begun)
-            blocks = _blocks(front, settings, partial)
-        else:
+        front = ready[0] if ready else await _read(redis, shard, together, limit_ms, enough)
+        if front is None:
             break
+        blocks = ready[1] if ready else _blocks(front, settings, partial)
         done, more = await _move(redis, shard, front, blocks, settings)
         each = front.each[0] if front.each else 0.0
         sums = total.events + done.events, total.blocks + done.blocks, total.payload + done.payload
@@ -226,15 +205,12 @@ async def _seal(
     return total
 
 
-async def _begin(redis: Redis, shard: int | None, limit_ms: int) -> _Begun | None:
-    """Look which streams a shard has, and up to when it is sealed; None where that is long enough."""
-    epoch, sealed, names = await names_of(redis, shard)
-    return (names, sealed, await streams_of(redis, shard, names, None)) if epoch and sealed < limit_ms else None
-
-
-async def _read(redis: Redis, shard: int | None, together: int, limit_ms: int, enough: int, begun: _Begun) -> _Front:
+async def _read(redis: Redis, shard: int | None, together: int, limit_ms: int, enough: int) -> _Front | None:
     """Read streams from their fronts until there are enough entries before the time up to which all have been read."""
-    names, sealed, streams = begun
+    epoch, sealed, names = await names_of(redis, shard)
+    if not epoch or limit_ms <= sealed:
+        return None
+    streams = await streams_of(redis, shard, names, None)
     pages: dict[str, list[Alike]] = {key: [] for key, _ in streams}
     ids: dict[str, list[bytes]] = {key: [] for key in pages}
     times: dict[str, NDArray[np.int64]] = {key: times_of([]) for key in pages}

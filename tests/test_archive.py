@@ -13,7 +13,7 @@ from liqlab import archive, clock, schema, settings
 from liqlab.archive import count, history
 from liqlab.codecs import CodecError
 from liqlab.events import event_table
-from liqlab.sealing import seal, seal_each
+from liqlab.sealing import seal
 from liqlab.server import Server
 from liqlab.writer import Writer
 from tests.test_writer import T0, plain, sample, stored
@@ -298,7 +298,7 @@ async def test_pages_of_every_shard_fit_together(default_redis: Redis, layout: s
     same(await archive.tail(default_redis, after, start_ms=0, settings=own), events)
     assert (await archive.tail(default_redis, after, start_ms=0, settings=own)).empty
     now_ms = int(events["ts_ms"].iloc[20_000]) + 60_000
-    done = await seal_each(default_redis, now_ms=now_ms, settings=own, partial=True)
+    done = (await seal(default_redis, now_ms=now_ms, settings=own, partial=True)).shards
     assert list(done) == list(schema.shards_of(own))
     assert sum(one.events for one in done.values()) > 19_000
     assert max(one.blocks for one in done.values()) > 64  # more than one call of the script counts
@@ -348,8 +348,8 @@ async def test_more_streams_than_are_counted_at_once(default_redis: Redis) -> No
 async def test_sealing_says_what_an_event_takes_though_nothing_was_sealed(default_redis: Redis) -> None:
     own = chosen(block_bytes="16kb", bulk_events=2_000)
     await Writer(default_redis, settings=own).write_table(sample(1_500))
-    few = await seal_each(default_redis, now_ms=T0 + AGES, settings=own)
+    few = (await seal(default_redis, now_ms=T0 + AGES, settings=own)).shards
     assert few[None].blocks == 0
     assert 3 < few[None].each < 20
-    done = (await seal_each(default_redis, now_ms=T0 + AGES, settings=own, partial=True))[None]
+    done = (await seal(default_redis, now_ms=T0 + AGES, settings=own, partial=True)).shards[None]
     assert done.each == done.payload / done.events == pytest.approx(few[None].each, rel=0.05)

@@ -23,13 +23,12 @@ from liqlab import clock
 from liqlab.archive import count
 from liqlab.cleanup import Cleaner
 from liqlab.cleanup.schedule import EventClock
-from liqlab.cluster import infos
 from liqlab.detector import Detector
 from liqlab.detector import table as alert_table
 from liqlab.events import Columns, EventError, check, run_starts
 from liqlab.feeds import Feed
 from liqlab.percentiles import METHODS
-from liqlab.replay.clockwork import Expiry, Rounds, Seals, Watch
+from liqlab.replay.clockwork import Expiry, Rounds, Seals, Watch, summed
 from liqlab.settings import Journal, Settings, load
 from liqlab.writer import Writer
 
@@ -149,7 +148,7 @@ async def ingest(
         reasons = f"; its reader rejected {sum(feed.report.rejected.values())} rows" if isinstance(feed, Feed) else ""
         raise EventError(f"the feed holds no event{reasons}; `liqlab feeds inspect` says why")
     columns, times = Columns.of(events), events["ts_ms"].to_numpy()
-    began, evicted, total = clock.elapsed_s(), await _evicted(redis), len(events)
+    began, evicted, total = clock.elapsed_s(), await summed(redis, "stats", "evicted_keys"), len(events)
     writer, expiry = Writer(redis, settings=settings), Expiry(columns, settings)
     rounds = Rounds(cleaner, redis) if cleaner else None
     schedule = EventClock(cast(Cleaner, rounds)) if rounds else None
@@ -234,7 +233,7 @@ async def ingest(
         sealed=seals.events if seals else 0,
         held=await count(redis, settings=settings),
         expired=expiry.expired,
-        evicted=await _evicted(redis) - evicted,
+        evicted=await summed(redis, "stats", "evicted_keys") - evicted,
         seconds=clock.elapsed_s() - began,
         timeline=pd.DataFrame(timeline),
         alerts=alert_table(watch.alerts if watch else []),
@@ -270,14 +269,10 @@ async def at_speed(events: pd.DataFrame, writer: Writer, seconds: float) -> None
         await writer.drain()
 
 
-async def _evicted(redis: Redis) -> int:
-    return sum(int(stats["evicted_keys"]) for stats in await infos(redis, "stats"))
-
-
 async def _point(redis: Redis, ts_ms: int, events: int) -> dict[str, int]:
     return {
         "ts_ms": ts_ms,
         "events": events,
-        "used_memory": sum(int(memory["used_memory"]) for memory in await infos(redis, "memory")),
+        "used_memory": await summed(redis, "memory", "used_memory"),
         "keys": int(await redis.dbsize()),
     }

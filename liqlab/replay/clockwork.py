@@ -19,7 +19,7 @@ from liqlab.cleanup import Action, Cleaner, Tier
 from liqlab.cluster import infos
 from liqlab.detector import Alert, Detector, Rows
 from liqlab.events import Columns, run_starts
-from liqlab.sealing import MOST_EACH, Ahead, ahead, seal_each
+from liqlab.sealing import MOST_EACH, Ahead, ahead, seal
 from liqlab.settings import Settings
 
 _UNLINK: Final = 500
@@ -33,6 +33,11 @@ _NEVER: Final = np.iinfo(np.int64).max // 2
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+
+async def summed(redis: Redis, section: str, name: str) -> int:
+    """Return a figure of INFO, of all primaries where it is a cluster."""
+    return sum(int(info[name]) for info in await infos(redis, section))
 
 
 class Rounds:
@@ -64,14 +69,15 @@ class Rounds:
         """Run `Cleaner.check`, up to half an hour later where what has come since could not exceed a share."""
         budget = self.settings.budget
         calm = await self._left(min(budget.statistics, budget.percentile)) > 0
-        if calm or (now_ms < self._again_ms and await self._used() < self._fills):
+        if calm or (now_ms < self._again_ms and await summed(self._redis, "memory", "used_memory") < self._fills):
             return []
         done = self._counted(await self._cleaner.check(now_ms))
         if measured := self._cleaner.measured:
             # Of a cluster: until all that came could lie on the node that has the least room.
             tables = [one.table.loc[["statistics", "percentile"]] for one in measured.nodes.values() or [measured]]
             room = min(float((table["budget_bytes"] - table["bytes"]).min()) for table in tables)
-            self._fills, self._again_ms = await self._used() + room, now_ms + _CALM_MS
+            self._fills = await summed(self._redis, "memory", "used_memory") + room
+            self._again_ms = now_ms + _CALM_MS
         return done
 
     async def compact(self, now_ms: int) -> list[Action]:
@@ -91,9 +97,6 @@ class Rounds:
             for memory in await infos(self._redis, "memory")
         ]
         return max(min(left), 0) if self._cleaner.tier is Tier.NORMAL else 0
-
-    async def _used(self) -> int:
-        return sum(int(memory["used_memory"]) for memory in await infos(self._redis, "memory"))
 
     def _counted(self, done: list[Action]) -> list[Action]:
         self.events += sum(action.events for action in done)
@@ -197,10 +200,9 @@ class Seals:
         if row != self.rows[bisect_left(self.rows, row)] or not (due := self._due(now_ms)):
             return
         settings = schema.only(self._settings, due)
-        done = await seal_each(self._redis, now_ms=now_ms, settings=settings, made=self._made)
-        self._made = None
-        for shard, one in done.items():
-            self.events += one.events
+        done = await seal(self._redis, now_ms=now_ms, settings=settings, made=self._made)
+        self._made, self.events = None, self.events + done.events
+        for shard, one in done.shards.items():
             self._sealed_ms[shard] = max(one.until_ms, self._sealed_ms[shard])
             if one.blocks:
                 self._enough[shard] = _NEARLY * one.events / one.blocks
