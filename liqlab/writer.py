@@ -350,6 +350,7 @@ class Writer:
     async def _append(self, batch: Batch, journal: Journal) -> None:
         await asyncio.to_thread(journal.append, batch.seq, batch.events, ahead=batch.ahead)
         batch.journaled = True
+        self._wake.set()  # the task asks for the server from time to time, as long as something waits there
         self.journaled += len(batch.events)
 
     async def _try(self, batch: Batch, journal: Journal, breaker: Breaker) -> bool:

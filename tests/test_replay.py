@@ -130,6 +130,23 @@ async def test_a_feed_is_played_at_speed_through_a_live_writer(default_redis: Re
     pd.testing.assert_frame_equal(await stored(default_redis), plain(events), check_dtype=False)
 
 
+async def test_a_feed_played_at_speed_waits_for_a_full_server(tmp_path: Path) -> None:
+    journal = {"path": str(tmp_path / "journal.db")}
+    chosen = settings.load(journal=journal, writer={"check_s": 0.05, "bulk_events": 100})
+    with serve() as server:
+        async with server.connect() as redis:
+            await redis.set("temp:left-behind", bytes(15_000_000))
+            await redis.config_set("maxmemory", "16mb")
+            writer = Writer(redis, settings=chosen)
+            playing = asyncio.create_task(at_speed(sample(1_000), writer, 0.1))
+            while writer.journaled < 1_000:
+                await asyncio.sleep(0.01)
+            assert not playing.done()
+            await redis.unlink("temp:left-behind")
+            await playing
+    assert (writer.counts.written, writer.journaled) == (1_000, 0)
+
+
 # The feed's clock and the wall's
 
 

@@ -252,7 +252,7 @@ async def at_speed(events: pd.DataFrame, writer: Writer, seconds: float) -> None
     writer : Writer
         Not yet entered.
     seconds : float
-        Of the wall's clock; longer where the server does not keep up.
+        Of the wall's clock; longer where the server does not keep up, until it takes what the journal holds.
 
     Raises
     ------
@@ -266,7 +266,8 @@ async def at_speed(events: pd.DataFrame, writer: Writer, seconds: float) -> None
         async for _, stop in writer.write_slices(events, times.searchsorted(moments, side="right").tolist()):
             part = (times[stop - 1] - times[0]) / max(times[-1] - times[0], 1)
             await asyncio.sleep(max(began + part * seconds - clock.elapsed_s(), 0))
-        await writer.drain()
+        while writer.journaled:  # the writer itself tries again and again
+            await asyncio.sleep(writer.settings.writer.check_s)
 
 
 async def _point(redis: Redis, ts_ms: int, events: int) -> dict[str, int]:
