@@ -94,7 +94,7 @@ def event(n: int, symbol: str | None = None) -> liqlab.Event:
     return liqlab.Event(START_MS + n, "binance", symbol or f"S{n % 40}", "sell", 100.0 + n % 7, 1.0, 100.0 + n % 7)
 
 
-async def until(true: object, within_s: float = 15.0) -> None:
+async def until(true: object, within_s: float = 60.0) -> None:
     deadline = clock.elapsed_s() + within_s
     while not await true():  # type: ignore[operator]
         assert clock.elapsed_s() < deadline
@@ -491,7 +491,7 @@ async def test_a_primary_is_killed_while_a_writer_writes(frail: LocalCluster, se
                     assert primary.name in health.down
                     [alert] = alarms.check(health)
                     assert (alert.name, alert.level) == ("server", Level.CRITICAL)
-                assert not killed_s or clock.elapsed_s() - killed_s < 20
+                assert not killed_s or clock.elapsed_s() - killed_s < 60
         await asyncio.sleep(0)  # the callbacks of the last batch
         print(
             f"{clock.elapsed_s() - killed_s:.1f} s from the kill until {len(acknowledged) - before} events after it; "

@@ -233,7 +233,7 @@ async def test_a_detector_follows_what_is_written(default_redis: Redis) -> None:
     async with Writer(default_redis) as writer:
         await writer.write(Event(clock.now_ms(), "okx", "B", "buy", 1e6, 1.0, 1e6))  # no history: no alert
         await writer.write(Event(clock.now_ms(), "okx", "A", "buy", 1e6, 1.0, 1e6))
-    for _ in range(100):
+    for _ in range(1_000):
         if len(found) > before:
             break
         await asyncio.sleep(0.05)
@@ -255,7 +255,7 @@ async def test_a_detector_fills_what_the_writer_does_not(default_redis: Redis) -
         return sum([await default_redis.zcard(key) for key in await default_redis.keys("size:A:*")])
 
     async def until(done: Callable[[], Awaitable[bool]]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not await done():
                 await asyncio.sleep(0.05)
 

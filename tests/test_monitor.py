@@ -613,7 +613,7 @@ async def test_looks_keep_their_pace_and_end_when_cancelled(default_redis: Redis
     with pytest.raises(asyncio.CancelledError):
         await task
     assert times[5] - times[0] > 0.49
-    assert pd.Series(times).diff().median() < 0.14
+    assert pd.Series(times).diff().median() < 0.15
 
 
 async def test_a_watch_ends_at_whatever_moment_it_is_cancelled(default_redis: Redis) -> None:
@@ -630,7 +630,7 @@ async def test_a_watch_ends_at_whatever_moment_it_is_cancelled(default_redis: Re
         task = asyncio.create_task(look())
         await asyncio.sleep(rng.random() * 0.01)
         task.cancel()
-        ended, _ = await asyncio.wait([task], timeout=5)
+        ended, _ = await asyncio.wait([task], timeout=60)
         assert ended
         assert task.cancelled()
     assert looks > 50

@@ -312,7 +312,7 @@ async def test_judging_beside_the_writer_finds_what_judging_before_it_finds(
     default_redis: Redis, refresh_s: int
 ) -> None:
     own = settings.load(detector={"method": "exact", "refresh_s": refresh_s})
-    events = synth("cascade", hours=2, seed=3, symbols=20)
+    events = synth("quiet", hours=24, seed=3, symbols=20)  # of long slices, which end where one may be raised
     done = await ingest(events, default_redis, settings=own, detector=Detector(default_redis, settings=own))
     await default_redis.flushall()
     expected = await backtest(events, Detector(default_redis, settings=own))

@@ -263,10 +263,10 @@ async def test_live_events_leave_by_number_or_by_time(redis: Redis) -> None:
     events = sample(205)
     rows = list(Event.rows(events))
     async with Writer(redis, settings=settings.load(writer={"batch_events": 50, "batch_ms": 80})) as writer:
-        await asyncio.wait_for(await writer.write(rows[0]), 5)  # alone: the window closes its batch
+        await asyncio.wait_for(await writer.write(rows[0]), 60)  # alone: the window closes its batch
         assert writer.counts.batches == 1
         acknowledged = [await writer.write(row) for row in rows[1:]]
-        await asyncio.wait_for(asyncio.gather(*acknowledged), 5)
+        await asyncio.wait_for(asyncio.gather(*acknowledged), 60)
         assert writer.counts.written == len(rows)
         last = await writer.write(rows[0]._replace(ts_ms=T0 + 10**6))
         assert not last.done()
@@ -311,7 +311,7 @@ async def test_a_full_queue_says_why_when_the_server_is_gone(fresh_server: Calla
         async def offer() -> None:
             async with writer:
                 for row in rows:
-                    await asyncio.wait_for(writer.write(row), 10)
+                    await asyncio.wait_for(writer.write(row), 60)
 
         with pytest.raises(WriterError, match="events wait"):
             await offer()
