@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 BIN = Path(sys.executable).parent
-WORKERS = ("-n", "2", "--dist", "worksteal")  # tests mostly wait, for servers and for processes
+WORKERS = ("-n", "3", "--dist", "worksteal")  # tests mostly wait, for servers and for processes
 # pytest's own timeout lies above the cell's, whose message names the cell.
 NOTEBOOKS = (
     "--nbval --nbval-current-env --nbval-cell-timeout 120 --timeout 150 --nbval-sanitize-with tests/nbval-sanitize.cfg"
