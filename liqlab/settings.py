@@ -11,7 +11,8 @@ import ipaddress
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
@@ -306,7 +307,7 @@ def load(**overrides: Any) -> Settings:
     SettingsError
         A setting is unknown or not acceptable.
     """
-    known = set(_names(Settings))
+    known = _known()
     _check_environment(known)
     try:
         return Settings(**overrides)
@@ -336,7 +337,7 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     SettingsError
         A setting is unknown or not acceptable.
     """
-    known, sections = set(_names(Settings)), dict[str, dict[str, Any]]()
+    known, sections = _known(), dict[str, dict[str, Any]]()
     for name, value in changes.items():
         if name not in known:
             raise SettingsError(_unknown(name, list(known)))
@@ -354,6 +355,11 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     return settings.model_copy(update=update)
 
 
+@cache
+def _known() -> frozenset[str]:
+    return frozenset(_names(Settings))
+
+
 def _names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
@@ -361,7 +367,7 @@ def _names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _names(field.annotation, f"{prefix}{name}.")
 
 
-def _check_environment(known: set[str]) -> None:
+def _check_environment(known: Set[str]) -> None:
     sections = {name.split(".")[0] for name in known if "." in name}
     for name, value in os.environ.items():
         if not name.upper().startswith(ENV_PREFIX):
@@ -378,7 +384,7 @@ def _check_environment(known: set[str]) -> None:
                 ) from None
 
 
-def _problem(item: dict[str, Any], known: set[str]) -> str:
+def _problem(item: dict[str, Any], known: Set[str]) -> str:
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return _unknown(name, list(known))

@@ -227,10 +227,12 @@ def local_cluster(workers: int) -> Any:
 
     lib: Any = distributed  # it has no types
     # Dask lets its workers give memory back to the system at once, and get it again for the next array: half as fast.
-    # Its profiler, which nobody looks at here, takes a few per cent.
+    # Its profiler, and how often it looks at the machine, take a tenth of two cores; nobody looks at what they find.
     dear = {
         "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
         "distributed.worker.profile.enabled": False,
+        "distributed.worker.memory.monitor-interval": "1s",
+        "distributed.admin.system-monitor.interval": "10s",
     }
     with dask.config.set(dear):
         return lib.LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=40)
