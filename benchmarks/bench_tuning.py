@@ -90,8 +90,9 @@ def main() -> None:
     replay_s = asyncio.run(replayed_s(events))
     one_s = swept_s(events, count)
     print(f"replay {replay_s:.1f} s; a sweep of {count} settings {one_s:.1f} s, {1000 * one_s / count:.1f} ms each")
-    single_s, two_s = (swept_s(events, count, workers) for workers in (1, 2))
-    print(f"Dask: one worker {single_s:.1f} s, two {two_s:.1f} s")
+    pairs = [[swept_s(events, count, workers) for workers in (1, 2)] for _ in range(3)]
+    single_s, two_s = np.min(pairs, axis=0).tolist()  # a neighbour on the machine slows some down by half
+    print("Dask, one worker and two, s:", *(f"{one:.1f} {two:.1f};" for one, two in pairs))
     if not options.quick:
         record("slider_ms", float(np.median(moves)), "ms, median", "limit", 100)
         record("sweep_vs_replay", one_s / count, "s a setting", "replay", replay_s)

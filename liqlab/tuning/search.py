@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -235,7 +236,9 @@ def local_cluster(workers: int) -> Any:
         "distributed.admin.system-monitor.interval": "10s",
     }
     with dask.config.set(dear):
-        return lib.LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs=40)
+        # Errors of tasks are raised where results are taken; a worker's last words as it is stopped are of no use.
+        quiet = {"dashboard_address": None, "silence_logs": logging.CRITICAL}
+        return lib.LocalCluster(n_workers=workers, threads_per_worker=1, **quiet)
 
 
 def _on_dask(
