@@ -11,7 +11,7 @@ import ipaddress
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -307,12 +307,11 @@ def load(**overrides: Any) -> Settings:
     SettingsError
         A setting is unknown or not acceptable.
     """
-    known = _known()
-    _check_environment(known)
+    _check_environment()
     try:
         return Settings(**overrides)
     except ValidationError as error:
-        raise SettingsError("\n".join(_problem(dict(item), known) for item in error.errors())) from None
+        raise SettingsError("\n".join(_problem(dict(item)) for item in error.errors())) from None
     except (OSError, ValueError) as error:
         raise SettingsError(f"{FILE}: {error}") from None
 
@@ -337,10 +336,10 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     SettingsError
         A setting is unknown or not acceptable.
     """
-    known, sections = _known(), dict[str, dict[str, Any]]()
+    sections: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
-        if name not in known:
-            raise SettingsError(_unknown(name, list(known)))
+        if name not in _known():
+            raise SettingsError(_unknown(name, list(_known())))
         section, _, field = name.rpartition(".")
         sections.setdefault(section, {})[field] = value
     update: dict[str, Any] = {}
@@ -350,7 +349,7 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
             whole = type(model).model_validate({**dict(model), **fields})
         except ValidationError as error:
             items = [{**item, "loc": (*filter(None, [section]), *item["loc"])} for item in error.errors()]
-            raise SettingsError("\n".join(_problem(item, known) for item in items)) from None
+            raise SettingsError("\n".join(_problem(item) for item in items)) from None
         update |= {section: whole} if section else {name: getattr(whole, name) for name in fields}
     return settings.model_copy(update=update)
 
@@ -367,7 +366,8 @@ def _names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _names(field.annotation, f"{prefix}{name}.")
 
 
-def _check_environment(known: Set[str]) -> None:
+def _check_environment() -> None:
+    known = _known()
     sections = {name.split(".")[0] for name in known if "." in name}
     for name, value in os.environ.items():
         if not name.upper().startswith(ENV_PREFIX):
@@ -384,10 +384,10 @@ def _check_environment(known: Set[str]) -> None:
                 ) from None
 
 
-def _problem(item: dict[str, Any], known: Set[str]) -> str:
+def _problem(item: dict[str, Any]) -> str:
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return _unknown(name, list(known))
+        return _unknown(name, list(_known()))
     message = str(item["msg"]).removeprefix("Value error, ")
     # A secret is named, never shown; a section's own rule speaks of several values and shows them itself.
     value = "" if name in _SECRETS or isinstance(item["input"], dict | BaseModel) else f" = {item['input']!r}"
