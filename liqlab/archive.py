@@ -278,14 +278,14 @@ def decoded(
     entries: Sequence[Entry], names: Names, key: str, own: str | None = None
 ) -> list[tuple[Columns, NDArray[np.int64]]]:
     """Decode entries of one stream, whatever codecs they are of; also return the times in their IDs."""
-    return [one.decoded(names, key, own) for one in alike(entries)]
+    return [one.decoded(names, key, own) for one in alike(entries, times_of([number for number, _ in entries]))]
 
 
 @dataclass(frozen=True)
 class Alike:
-    """Entries with the same fields, field by field."""
+    """Entries with the same fields, field by field, and the times in their IDs."""
 
-    ids: list[bytes]
+    id_ms: NDArray[np.int64]
     columns: list[tuple[bytes, ...]]  # field, value, field, value, ...
 
     def decoded(self, names: Names, key: str, own: str | None) -> tuple[Columns, NDArray[np.int64]]:
@@ -294,25 +294,22 @@ class Alike:
         codec = BY_FIELD.get(field.decode(errors="replace"))
         if codec is None:
             raise CodecError(f"{key}: entries with the field {field!r} are of no codec that liqlab has")
-        id_ms = times_of(self.ids)
         try:
-            times = np.array(values.pop(), np.int64) if late else id_ms
-            return codec.decode_columns(times, values, names, own=own), id_ms
+            times = np.array(values.pop(), np.int64) if late else self.id_ms
+            return codec.decode_columns(times, values, names, own=own), self.id_ms
         except ValueError as error:
             raise CodecError(f"{key}: {error}") from None
 
 
-def alike(entries: Sequence[Entry]) -> list[Alike]:
+def alike(entries: Sequence[Entry], id_ms: NDArray[np.int64]) -> list[Alike]:
     """Return entries by their first field, their length, and whether they are late; nearly always all are alike."""
-    ids, words = [number for number, _ in entries], [words for _, words in entries]
+    words = [words for _, words in entries]
     kinds: dict[tuple[bytes, int, bool], list[int]] = {}
     if len(set(map(len, words))) == 1 and len(set(map(_FIRST, words))) == 1 and _LATE not in set(map(_LAST, words)):
-        return [Alike(ids, list(zip(*words, strict=True)))]
+        return [Alike(id_ms, list(zip(*words, strict=True)))]
     for at, one in enumerate(words):
         kinds.setdefault((one[0], len(one), one[-2] == _LATE), []).append(at)
-    return [
-        Alike([ids[at] for at in rows], list(zip(*(words[at] for at in rows), strict=True))) for rows in kinds.values()
-    ]
+    return [Alike(id_ms[rows], list(zip(*(words[at] for at in rows), strict=True))) for rows in kinds.values()]
 
 
 def times_of(ids: Sequence[bytes]) -> NDArray[np.int64]:

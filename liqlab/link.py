@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, Final
@@ -22,6 +22,8 @@ from liqlab.codecs import Names
 from liqlab.codecs.names import HEAD
 from liqlab.events import Columns
 from liqlab.settings import Settings, SettingsError
+
+Part = tuple[int, int, int]  # of a table: see `cuts`
 
 _SCRIPT: Final = files("liqlab").joinpath("write.lua").read_text()
 _ATTEMPTS: Final = 3
@@ -100,17 +102,16 @@ class Busy:
         self._window = -1
         self._now: Counter[str] = Counter()
         self._last: frozenset[str] = frozenset()
-        self.symbols: frozenset[str] = frozenset()
 
-    def count(self, events: Columns) -> None:
-        """Take note of a batch."""
+    def count(self, events: Columns) -> frozenset[str]:
+        """Take note of a batch; return the symbols that are busy now."""
         window = int(events.ts_ms.max()) // self._window_ms
         if window > self._window:
             self._window, self._last, self._now = window, self._own(), Counter()
         counts = np.bincount(events.symbol, minlength=len(events.symbols))
         for code in np.flatnonzero(counts).tolist():
             self._now[events.symbols[code]] += int(counts[code])
-        self.symbols = self._last | self._own()
+        return self._last | self._own()
 
     def _own(self) -> frozenset[str]:
         return frozenset(name for name, count in self._now.items() if count >= self._enough)
@@ -335,13 +336,26 @@ def why(error: Exception) -> str:
     return f"{error}; {cure}"
 
 
-def cuts(start: int, stop: int, size: int) -> list[int]:
-    """Cut a slice into batches; the first of several is smaller: the server has work while the others are built."""
-    return [start, *range(start + (max(size // 4, 1) if stop - start > size else size), stop, size), stop]
+def cuts(stops: Iterable[int], size: int) -> Iterator[Part]:
+    """Cut slices, which end at `stops`, into batches: from a row, to before another, of a slice that ends there.
+
+    The first of several of a slice is smaller: the server has work while the others are built.
+    """
+    start = 0
+    for stop in stops:
+        first = max(size // 4, 1) if stop - start > size else size
+        for last in [*range(start + first, stop, size), stop]:
+            yield start, last, stop
+            start = last
+
+
+async def turns() -> None:
+    """Let what came in be read, and others work."""
+    for _ in range(_TURNS):
+        await asyncio.sleep(0)
 
 
 async def leaving(batch: Batch) -> None:
     """Let a batch leave before the next one is built: meanwhile nothing is sent, and the server would wait."""
-    for _ in range(_TURNS):
-        await asyncio.sleep(0)
+    await turns()
     await asyncio.sleep(_WAY_S * sum(len(argument) for _, _, argument in batch.packed.values()))

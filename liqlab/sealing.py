@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from redis.asyncio import Redis
 
 from liqlab import schema
-from liqlab.archive import LEAST, ROUND, Alike, alike, names_of, of_each, streams_of, times_of
+from liqlab.archive import LEAST, ROUND, Alike, Entry, alike, names_of, of_each, streams_of, times_of
 from liqlab.codecs import CODECS, Names, block_span
-from liqlab.codecs.blocks import fitting
+from liqlab.codecs.blocks import MAX_EVENTS
 from liqlab.codecs.names import HEAD
 from liqlab.events import Columns
 from liqlab.settings import Settings, load
@@ -25,6 +25,10 @@ from liqlab.settings import Settings, load
 _SCRIPT: Final = files("liqlab").joinpath("seal.lua").read_text()
 ENTRY: Final = 72  # bytes that a stream needs around a block, and a length may be off, at most
 MOST_EACH: Final = 32  # bytes of an event in a block: fewer events than that cannot fill one
+_FITS: Final = 6
+_FAR: Final = 0.8  # of the room: what would take less by the block before needs no look
+_FULL, _AIM = 0.955, 0.978  # of the room: what a search is content with, and what it aims at
+_TYPICAL: Final = 5.0  # bytes of an event in a block
 _TRIES: Final = 5
 _TURNS: Final = 5  # of the event loop, in which another task takes a reply and sends what comes next
 
@@ -221,21 +225,27 @@ async def _read(redis: Redis, shard: int | None, together: int, limit_ms: int, e
         for key, start in starts.items():
             pipe.execute_command(b"XRANGE", key, start, f"({limit_ms}-0", "COUNT", count)
         with _uncollected():
-            for key, entries in zip(list(starts), await pipe.execute(), strict=True):
-                found = [number for number, _ in entries]
-                ids[key] += found
-                pages[key] += alike(entries)
-                times[key] = np.concatenate([times[key], times_of(found)])
-                if len(found) < count:
-                    del starts[key]
-                else:
-                    starts[key] = "(" + found[-1].decode()
+            read = [_page(entries) for entries in await pipe.execute()]
+        for key, (found, found_ms, page) in zip(list(starts), read, strict=True):
+            ids[key] += found
+            pages[key] += page
+            times[key] = np.concatenate([times[key], found_ms])
+            if len(found) < count:
+                del starts[key]
+            else:
+                starts[key] = "(" + found[-1].decode()
         end_ms = min([limit_ms, *(int(times[key][-1]) for key in starts)])
         if not starts or sum(int(ms.searchsorted(end_ms)) for ms in times.values()) >= enough:
             break
     each = await _last_each(redis, shard) if any(ids.values()) else []
     columns = list(pages.values()), list(ids.values()), list(times.values())
     return _Front(names, sealed, each, streams, *columns, end_ms, end_ms == limit_ms)
+
+
+def _page(entries: list[Entry]) -> tuple[list[bytes], NDArray[np.int64], list[Alike]]:
+    ids = [number for number, _ in entries]
+    id_ms = times_of(ids)
+    return ids, id_ms, alike(entries, id_ms)
 
 
 @contextmanager
@@ -279,9 +289,10 @@ def _blocks(front: _Front, settings: Settings, partial: bool) -> Iterator[_Block
     # Of so many of the first events that are left: bytes of a block, and what makes it.
     tried: dict[int, tuple[int, Callable[[], bytes]]] = {}
 
+    sized = codec.sizer(events, names)
+
     def length(count: int) -> int:
-        part = events.rows(slice(start, start + count))
-        tried[count] = codec.sized(part.rows(np.argsort(part.ts_ms, kind="stable")), names)
+        tried[count] = sized(start + np.argsort(events.ts_ms[start : start + count], kind="stable"))
         return tried[count][0]
 
     while start < len(id_ms):
@@ -331,3 +342,57 @@ async def _move(
         sealed = one.cut_ms
         done = Sealed(done.events + int(moved), done.blocks + 1, done.payload + len(one.payload), until_ms=sealed)
     return done, not front.whole
+
+
+def fitting(
+    id_ms: NDArray[np.int64], room: int, length: Callable[[int], int], each: float | None = None
+) -> tuple[int, bool]:
+    """Find how many of the first events fill a block, those of one moment kept together.
+
+    A block lies in an allocation of its own, whose sizes are steps of up to a quarter: one that is a little too large
+    wastes the rest of its step. So blocks are made to fit just below `writer.block_bytes`.
+
+    Parameters
+    ----------
+    id_ms : array of int64, shape (n,)
+        The times of the events' IDs.
+    room : int
+        Bytes that a block may have.
+    length : callable
+        Says how many bytes a block of so many of the first events takes.
+    each : float, optional
+        Bytes of an event in the block before.
+
+    Returns
+    -------
+    count, full : int, bool
+        `full` says that the block is as large as can be, not just as large as there are events for it.
+    """
+    whole, best, size = len(id_ms), 0, 0
+    if each and whole <= MAX_EVENTS and whole * each < _FAR * room:
+        return whole, False
+    least = whole + 1  # the fewest events known to be too many
+    count = min(max(int(_AIM * room / (each or _TYPICAL)), 1), MAX_EVENTS)
+    for _ in range(_FITS):
+        count = _untied(id_ms, count)
+        if not best < count < least:
+            break
+        found = length(count)
+        if found <= room:
+            best, size = count, found
+            if count == whole or found > _FULL * room:
+                break
+        else:
+            least = count
+            if count == _untied(id_ms, 1):  # one moment that is larger than a block
+                return count, True
+        count = min(max(int(_AIM * count * room / found), best + 1), least - 1, MAX_EVENTS)
+    return (best, best < whole or size > 0.9 * room) if best else (_untied(id_ms, 1), True)
+
+
+def _untied(id_ms: NDArray[np.int64], count: int) -> int:
+    """Return the largest number up to `count` that cuts between two different times, or the first such above it."""
+    if count >= len(id_ms):
+        return len(id_ms)
+    below = int(np.searchsorted(id_ms, id_ms[count]))
+    return below or int(np.searchsorted(id_ms, id_ms[count], side="right"))

@@ -26,15 +26,15 @@ from pathlib import Path
 from typing import Any, Final, cast
 from urllib.parse import quote
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError
 from redis.utils import str_if_bytes
 
-from liqlab import config
-from liqlab.clock import elapsed_s
+from liqlab import clock, config
 from liqlab.cluster import Cluster, any_node, check_shards
+from liqlab.pool import pool
 from liqlab.settings import ENV_PREFIX, Settings, load, parse_bytes
 
 START_TIMEOUT_S: Final = 10.0
@@ -159,8 +159,8 @@ class Server(AbstractContextManager["Server"]):
         return bool(select.select([self._output], [], [], within_s)[0])
 
     def _wait_until_ready(self) -> None:
-        deadline_s = elapsed_s() + START_TIMEOUT_S
-        while not self._ended(0.002) and elapsed_s() < deadline_s:
+        deadline_s = clock.elapsed_s() + START_TIMEOUT_S
+        while not self._ended(0.002) and clock.elapsed_s() < deadline_s:
             with suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
                 probe.settimeout(START_TIMEOUT_S)
                 probe.connect(str(self.socket))
@@ -321,7 +321,7 @@ def connect(url: str | None = None, *, settings: Settings | None = None, **kw: A
     try:
         if of_cluster:  # its client has those of the methods of `Redis` that liqlab calls
             return cast(Redis, Cluster(f"{single}://{rest}", failover_s=of_cluster.failover_s, **options | kw))
-        return Redis.from_pool(BlockingConnectionPool.from_url(f"{scheme}://{rest}", **options | kw))
+        return Redis.from_pool(pool(f"{scheme}://{rest}", **options | kw))
     except ValueError:
         # Its message may quote a part of the password, and a URL whose scheme is wrong has one as well.
         raise ServerError(

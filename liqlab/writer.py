@@ -16,8 +16,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
-from itertools import islice, pairwise
-from types import TracebackType
+from itertools import islice
 from typing import Final
 
 import pandas as pd
@@ -29,11 +28,12 @@ from liqlab.breaker import Breaker, State
 from liqlab.codecs import CodecError
 from liqlab.events import Columns, Event, check, check_event
 from liqlab.journal import Journal, JournalError
-from liqlab.link import Batch, Busy, Counts, Link, MemoryLostError, cuts, leaving, why
+from liqlab.link import Batch, Busy, Counts, Link, MemoryLostError, Part, cuts, leaving, turns, why
 from liqlab.settings import Settings, load
 
 _RETRY_S: Final = 0.5
 _DRAINED: Final = 20  # batches of the journal read at a time
+_AHEAD: Final = 2  # parts of a table that are packed while the server works
 
 
 class WriterError(RuntimeError):
@@ -103,9 +103,7 @@ class Writer:
         self._task = asyncio.create_task(self._run())
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         self._closing = True
         self._wake.set()
         if self._task is not None:
@@ -206,47 +204,48 @@ class Writer:
     async def write_slices(self, events: pd.DataFrame, stops: Iterable[int]) -> AsyncIterator[tuple[int, int]]:
         """Write an event table slice by slice, as `write_table` does each; yield (start, stop) of what is written.
 
-        A replay does between two slices what the feed's clock asks for.
-
         Parameters
         ----------
         events : pandas.DataFrame
             An event table.
         stops : iterable of int
-            Where the slices end, ascending; the first begins at 0. Each is asked for one slice early, which is packed
-            while the server works.
+            Where the slices end, ascending; the first begins at 0. They are asked for early, up to two slices, which
+            are packed while the server works.
         """
-        columns, following = Columns.of(check(events)), iter(stops)
-        size, start, stop, made = self.settings.writer.bulk_events, 0, next(following, None), list[Batch]()
-        while stop is not None:
-            sending, after = None, next(following, None)
+        columns, packed, end = Columns.of(check(events)), deque[tuple[Part, list[Batch]]](), 0
+        parts = cuts(stops, self.settings.writer.bulk_events)
+
+        def pack(part: Part | None) -> bool:
+            packed.extend([(part, self._batches(columns.rows(slice(*part[:2]))))] if part else [])
+            return part is not None
+
+        while packed or (part := next(parts, None)):
             async with self._sending:
                 await self._deliver()
-                made = made if made and made[-1].seq == self._seq else []  # else something was written in between
+                if not packed:
+                    pack(part)
+                elif packed[-1][1][-1].seq != self._seq:  # something was written in between
+                    for _ in range(len(packed)):
+                        pack(packed.popleft()[0])
+                start, stop, sending = end, -1, None
                 try:
-                    for first, last in pairwise(cuts(start, stop, size)):
-                        batches, made = made or self._batches(columns.rows(slice(first, last))), []
-                        if sending is not None:
-                            await sending
+                    while end != stop:
+                        (_, end, stop), batches = packed.popleft()
                         self.counts.offered += sum(len(batch.events) for batch in batches)
                         self._in_flight += batches
                         sending = asyncio.create_task(self._deliver())
                         await leaving(batches[0])
-                    if after is not None:
-                        made = self._batches(columns.rows(slice(*cuts(stop, after, size)[:2])))
-                    if sending is not None:
+                        while len(packed) < _AHEAD and not (packed and sending.done()) and pack(next(parts, None)):
+                            await turns()
                         await sending
                 finally:
                     if sending is not None and not sending.done():  # cancelled: the batch stays in flight
                         sending.cancel()
                         await asyncio.gather(sending, return_exceptions=True)
             yield start, stop
-            start, stop = stop, after
 
     def _batches(self, events: Columns, *, ahead: bool = False) -> list[Batch]:
-        if self._busy:
-            self._busy.count(events)
-        busy = self._busy.symbols if self._busy else ()
+        busy = self._busy.count(events) if self._busy else ()
         try:
             batches = self._link.batches(self._seq + 1, events, busy=busy, ahead=ahead)
             if self.journal:

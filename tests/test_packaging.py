@@ -27,7 +27,7 @@ FLOORS = (
     ("clock", "settings", "events"),
     ("schema", "codecs"),
     # The server that liqlab starts takes its directives from config; it connects to clusters, and they are made of it.
-    ("feeds", "config", "cluster", "server", "localcluster"),
+    ("feeds", "config", "pool", "cluster", "server", "localcluster"),
     # DESIGN.md's `history` is called archive here, since `liqlab.history` is a function; what made journal and
     # writer too long stands before them. `percentiles` needs the writer, which needs `quantiles`.
     (

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import psutil
 import pytest
 import redis.exceptions
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.exceptions import TimeoutError as TimeoutError_
 
 from liqlab import server as module
@@ -381,6 +381,31 @@ async def test_a_command_is_sent_once(server: Server) -> None:
             await client.incr("n")
         await admin.client_unpause()
         assert int(await admin.get("n")) <= 1
+
+
+@pytest.mark.parametrize("url", ["redis://h", "rediss://h", "unix:///s"])
+def test_commands_are_packed_as_redis_py_packs_them(url: str) -> None:
+    ours = connect(url).connection_pool.make_connection()
+    theirs = BlockingConnectionPool.from_url(url).make_connection()
+    assert isinstance(ours, type(theirs))
+    for command in (
+        ("CLIENT LIST", "TYPE", "normal"),
+        (b"XRANGE", "liq", "-", "+", "COUNT", 10),
+        (
+            "EVALSHA",
+            "0" * 40,
+            2,
+            "vwap:1000PEPEUSDT",
+            "vwap:\u20ac",
+            bytes(range(256)),
+        ),
+        ("SET", "x", 0.1, "EX", 1 << 40),
+        ("SET", "x", bytearray(20_000), memoryview(b"y")),
+    ):
+        assert b"".join(ours.pack_command(*command)) == b"".join(theirs.pack_command(*command))
+    for value in (None, True, [1]):
+        with pytest.raises(redis.exceptions.DataError):
+            ours.pack_command("SET", "x", value)
 
 
 async def test_more_callers_than_connections_wait_their_turn(redis: Redis) -> None:

@@ -20,6 +20,7 @@ Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 Column = Sequence[Value] | Ints
 Floats = NDArray[np.float64]
+Rows = NDArray[np.intp]
 
 
 class CodecError(ValueError):
@@ -85,17 +86,24 @@ class Codec(ABC):
         check(self.name, events, possible(events) & carried)
         return self._encode(events, fit, names, own)
 
-    def sized(self, events: Columns, names: Names) -> tuple[int, Callable[[], bytes]]:
-        """Return how many bytes a block of events takes, to a word, and what makes it, where that is the larger part.
+    def sizer(self, events: Columns, names: Names) -> Callable[[Rows], tuple[int, Callable[[], bytes]]]:
+        """Return what says of some rows how many bytes a block of them takes, to a word, and what makes the block.
+
+        Many choices of rows can be tried: what does not depend on them is done once, and the block is only made where
+        it is called for, where that is the larger part.
 
         Raises
         ------
         CodecError
             As `encode`.
         """
-        ((block,),) = self.encode(events, names)
-        assert isinstance(block, bytes)
-        return len(block), lambda: block
+
+        def sized(rows: Rows) -> tuple[int, Callable[[], bytes]]:
+            ((block,),) = self.encode(events.rows(rows), names)
+            assert isinstance(block, bytes)
+            return len(block), lambda: block
+
+        return sized
 
     def decode(self, ts_ms: Ints, rows: Sequence[Sequence[bytes]], names: Names, *, own: str | None = None) -> Columns:
         """Return the events of `rows`, whose IDs carry the times `ts_ms`; `notional` is price x size.

@@ -11,11 +11,33 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from liqlab.codecs.base import Bools, Codec, CodecError, Floats, Ints, Value, check, decoded, numbers_of, possible
+from liqlab.codecs.base import (
+    Bools,
+    Codec,
+    CodecError,
+    Floats,
+    Ints,
+    Rows,
+    Value,
+    check,
+    decoded,
+    numbers_of,
+    possible,
+)
 from liqlab.codecs.entries import MSGPACK_LIMITS, maps_of, of_maps
 from liqlab.codecs.entropy import Packer, Unpacker
 from liqlab.codecs.names import Names
-from liqlab.codecs.numbers import EXACT, HIGHEST, POWERS, scaled, scaled_sizes, unscaled, unscaled_sizes
+from liqlab.codecs.numbers import (
+    EXACT,
+    HIGHEST,
+    POWERS,
+    Scaled,
+    Sizes,
+    scaled,
+    scaled_sizes,
+    unscaled,
+    unscaled_sizes,
+)
 from liqlab.events import COLUMNS, MAX_MS, Columns
 
 MAX_EVENTS: Final = 1 << 15  # of one block
@@ -91,12 +113,9 @@ def inflate(codec: str, data: bytes, limit: int) -> bytes:
 
 _HEAD: Final = struct.Struct(">BHHIHII")  # version, events, first time (2 + 4), last time (2 + 4), bytes of the runs
 _VERSION: Final = 1
+_Fit = tuple[Scaled, Sizes]  # prices and sizes as a block stores them
 _LONG: Final = 1 << 40  # a mantissa from here on takes as much as the float64 that it stands for
 _GROUPS: Final = 4
-_FITS: Final = 6
-_FAR: Final = 0.8  # of the room: what would take less by the block before needs no look
-_FULL, _AIM = 0.955, 0.978  # of the room: what a search is content with, and what it aims at
-_TYPICAL: Final = 5.0  # bytes of an event in a block
 _SQRT: Final = 44  # twice the logarithm of how far prices go: chosen on recordings, any would decode
 
 
@@ -126,24 +145,31 @@ class Block(Codec):
     block = True
     longest = MAX_PLAIN
 
-    def _fit(self, events: Columns) -> tuple[bool, None]:
-        return True, None
+    def _fit(self, events: Columns) -> tuple[bool, _Fit]:
+        size = scaled_sizes(events.size, events.price, limit=_LONG)
+        return True, (scaled(events.price, limit=_LONG), size)
 
-    def _encode(self, events: Columns, fit: None, names: Names, own: bool) -> list[list[Value]]:
-        return [[self._finished(events, self._packed(events, names, own))]]
+    def _encode(self, events: Columns, fit: _Fit, names: Names, own: bool) -> list[list[Value]]:
+        return [[self._finished(events, self._packed(events, fit, names, own))]]
 
-    def sized(self, events: Columns, names: Names) -> tuple[int, Callable[[], bytes]]:
-        """Return how many bytes a block of events takes, to a word, and what makes it."""
+    def sizer(self, events: Columns, names: Names) -> Callable[[Rows], tuple[int, Callable[[], bytes]]]:
+        """As that of every codec; how long a block is, is known before the entropy coder is run."""
         check(self.name, events, possible(events))
-        pack = self._packed(events, names, own=False)
-        return _HEAD.size + pack.length, lambda: self._finished(events, pack)
+        _, (price, size) = self._fit(events)
+
+        def sized(rows: Rows) -> tuple[int, Callable[[], bytes]]:
+            part = events.rows(rows)
+            pack = self._packed(part, (price.rows(rows), size.rows(rows)), names, own=False)
+            return _HEAD.size + pack.length, lambda: self._finished(part, pack)
+
+        return sized
 
     def _finished(self, events: Columns, pack: Packer) -> bytes:
         runs, data = pack.finish()
         times = [int(time) >> shift & 0xFFFFFFFF for time in (events.ts_ms[0], events.ts_ms[-1]) for shift in (32, 0)]
         return _HEAD.pack(_VERSION, len(events), *times, runs) + data
 
-    def _packed(self, events: Columns, names: Names, own: bool) -> Packer:
+    def _packed(self, events: Columns, fit: _Fit, names: Names, own: bool) -> Packer:
         check_count(self.name, len(events))
         steps = np.diff(events.ts_ms, prepend=events.ts_ms[:1])
         if int(steps.min()) < 0:
@@ -160,7 +186,7 @@ class Block(Codec):
         side = events.side.astype(np.int64)
         pack.tokens(side ^ np.concatenate([[0], side[:-1]]))
 
-        price, size = scaled(events.price, limit=_LONG), scaled_sizes(events.size, events.price, limit=_LONG)
+        price, size = fit
         quotes, ticks, good = _common(pair, len(pairs), *price)
         _pack_verbatim(pack, events.price, good)
         worth = _pack_prices(pack, pair[good], quotes[good], ticks, events.ts_ms[good], side[good])
@@ -323,57 +349,3 @@ def _unpack_sizes(unpack: Unpacker, pair: Ints, ticks: Ints, worth: Floats, pric
     places[there] = _exponents((code - np.where(inverse, 32, np.minimum(ticks, 4)))[there])
     lots = unpack.numbers(len(pair), offset=_scale(worth, inverse, places)[pair])
     return unscaled_sizes(lots, places[pair], inverse[pair], price)
-
-
-def fitting(
-    id_ms: NDArray[np.int64], room: int, length: Callable[[int], int], each: float | None = None
-) -> tuple[int, bool]:
-    """Find how many of the first events fill a block, those of one moment kept together.
-
-    A block lies in an allocation of its own, whose sizes are steps of up to a quarter: one that is a little too large
-    wastes the rest of its step. So blocks are made to fit just below `writer.block_bytes`.
-
-    Parameters
-    ----------
-    id_ms : array of int64, shape (n,)
-        The times of the events' IDs.
-    room : int
-        Bytes that a block may have.
-    length : callable
-        Says how many bytes a block of so many of the first events takes.
-    each : float, optional
-        Bytes of an event in the block before.
-
-    Returns
-    -------
-    count, full : int, bool
-        `full` says that the block is as large as can be, not just as large as there are events for it.
-    """
-    whole, best, size = len(id_ms), 0, 0
-    if each and whole <= MAX_EVENTS and whole * each < _FAR * room:
-        return whole, False
-    least = whole + 1  # the fewest events known to be too many
-    count = min(max(int(_AIM * room / (each or _TYPICAL)), 1), MAX_EVENTS)
-    for _ in range(_FITS):
-        count = _untied(id_ms, count)
-        if not best < count < least:
-            break
-        found = length(count)
-        if found <= room:
-            best, size = count, found
-            if count == whole or found > _FULL * room:
-                break
-        else:
-            least = count
-            if count == _untied(id_ms, 1):  # one moment that is larger than a block
-                return count, True
-        count = min(max(int(_AIM * count * room / found), best + 1), least - 1, MAX_EVENTS)
-    return (best, best < whole or size > 0.9 * room) if best else (_untied(id_ms, 1), True)
-
-
-def _untied(id_ms: NDArray[np.int64], count: int) -> int:
-    """Return the largest number up to `count` that cuts between two different times, or the first such above it."""
-    if count >= len(id_ms):
-        return len(id_ms)
-    below = int(np.searchsorted(id_ms, id_ms[count]))
-    return below or int(np.searchsorted(id_ms, id_ms[count], side="right"))

@@ -46,7 +46,7 @@ class Packer:
     """Collects runs; `finish` gives the bytes."""
 
     def __init__(self) -> None:
-        self._runs: list[tuple[Ints, Ints]] = []
+        self._runs: list[tuple[Ints, Ints]] = []  # shares, and places in them
         self._entropy = 0.0  # bits of the runs
         self._values: list[Ints] = []
         self._widths: list[Ints] = []
@@ -73,9 +73,7 @@ class Packer:
         self.bits(levels, 4)
         if len(counts) > 1:
             shares = _shares(levels)
-            starts = np.cumsum(shares) - shares
-            at = tokens - least
-            self._runs.append((shares[at], starts[at]))
+            self._runs.append((shares, tokens - least))
             self._entropy += float(counts @ (_SHARES - np.log2(np.maximum(shares, 1))))
 
     def numbers(self, values: Ints, *, low: Ints | int = 0, offset: Ints | int = 0) -> None:
@@ -108,13 +106,14 @@ class Packer:
         """Return how many bytes the runs take, and the bytes: runs, then plain bits."""
         x = _LOW
         words = []
-        for shares, starts in reversed(self._runs):
-            for share, start in zip(shares[::-1].tolist(), starts[::-1].tolist(), strict=True):
-                if x >= share << 63 - _SHARES:
+        for shares, places in reversed(self._runs):
+            columns = shares, shares << 63 - _SHARES, (1 << _SHARES) - shares, np.cumsum(shares) - shares
+            steps = list(zip(*map(np.ndarray.tolist, columns), strict=True))
+            for share, full, rest, start in map(steps.__getitem__, places[::-1].tolist()):
+                if x >= full:
                     words.append(x & 0xFFFFFFFF)
                     x >>= _WORD
-                whole, part = divmod(x, share)
-                x = (whole << _SHARES) + part + start
+                x += x // share * rest + start  # quotient * 2**15 + remainder + start
         coded = x.to_bytes(8, "big") + np.array(words[::-1], ">u4").tobytes()
 
         values, widths = np.concatenate(self._values), np.concatenate(self._widths)

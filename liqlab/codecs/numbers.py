@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from liqlab.codecs.base import Bools, Floats, Ints
+from liqlab.codecs.base import Bools, Floats, Ints, Rows
 
 HIGHEST: Final = 15  # largest exponent: four bits
 EXACT: Final = 1 << 53  # integers below are exact in a float64
@@ -27,6 +27,10 @@ class Scaled(NamedTuple):
     exponent: Ints
     found: Bools
 
+    def rows(self, which: Rows) -> Scaled:
+        """Return those of some rows."""
+        return Scaled(self.mantissa[which], self.exponent[which], self.found[which])
+
 
 class Sizes(NamedTuple):
     """Scaled sizes; where `inverse`, they are scaled notionals, to be divided by the price."""
@@ -35,6 +39,10 @@ class Sizes(NamedTuple):
     exponent: Ints
     found: Bools
     inverse: Bools
+
+    def rows(self, which: Rows) -> Sizes:
+        """Return those of some rows."""
+        return Sizes(self.mantissa[which], self.exponent[which], self.found[which], self.inverse[which])
 
 
 def scaled(values: Floats, *, limit: int = EXACT, divisor: Floats | None = None) -> Scaled:

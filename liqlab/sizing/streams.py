@@ -6,14 +6,14 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 import numpy as np
 
 from liqlab.clock import MINUTE_MS
 from liqlab.codecs import CODECS
-from liqlab.codecs.blocks import fitting
-from liqlab.sealing import ENTRY, MOST_EACH
+from liqlab.sealing import ENTRY, MOST_EACH, fitting
 from liqlab.settings import Settings
 from liqlab.sizing.entries import Entries
 from liqlab.sizing.prepare import Prepared
@@ -212,13 +212,14 @@ def _exact(prepared: Prepared, settings: Settings, which: Ints) -> Callable[[Int
     """Return what says how many bytes a block of events takes: to a word, or exactly."""
     codec, columns = CODECS[settings.writer.block_codec], prepared.columns
     names = prepared.names(settings.writer.layout)
+    sizer = cache(lambda: codec.sizer(columns, names))  # for the feed as a whole, if at all
 
     def size_of(left: Ints, exactly: bool) -> int:
         at = which[left]
         key = (codec.name, settings.writer.layout, settings.shards, int(at[0]), int(at[-1]), len(at), exactly)
         if key not in prepared.blocks:
-            rows = columns.rows(at)
-            prepared.blocks[key] = len(codec.encode(rows, names)[0][0]) if exactly else codec.sized(rows, names)[0]
+            length, made = sizer()(at)
+            prepared.blocks[key] = len(made()) if exactly else length
         return prepared.blocks[key]
 
     return size_of
