@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from itertools import pairwise
 from typing import Final
 
@@ -140,7 +141,8 @@ class Detector:
         self._claim = redis.register_script(_CLAIM) if redis else None
         self._recent: Columns | None = None  # events of the last `detector.volume_s`
         self._last: dict[tuple[str, str], int] = {}  # the last alert that is known of, by symbol and side
-        self._known: dict[str, tuple[int, Distribution, float]] = {}  # by symbol: when, of what, and its threshold
+        # By symbol: as of when, and what gives the distribution and the threshold that it makes.
+        self._known: dict[str, tuple[int, Callable[[], tuple[Distribution, float]]]] = {}
 
     async def look(self, events: pd.DataFrame) -> list[Alert]:
         """Look at events, in time order, and raise those that are alerts.
@@ -191,13 +193,15 @@ class Detector:
         numbers = events.ts_ms[rows] // (1000 * self.settings.detector.refresh_s)
         for start, stop in pairwise([*run_starts(numbers).tolist(), len(rows)]):
             part = await self.ask(events, rows[start:stop])
-            limits = {code: self._known[events.symbols[code]][2] for code in np.unique(events.symbol[part]).tolist()}
+            limits = {
+                code: self._known[events.symbols[code]][1]()[1] for code in np.unique(events.symbol[part]).tolist()
+            }
             for row in part[events.notional[part] >= [limits[code] for code in events.symbol[part].tolist()]].tolist():
                 symbol, side = events.symbols[events.symbol[row]], SIDES[events.side[row]]
                 ms, notional = int(events.ts_ms[row]), float(events.notional[row])
                 if ms < self._last.get((symbol, side), -1) + 1000 * self.settings.retention.cooldown_s:
                     continue
-                _, trailing, threshold = self._known[symbol]
+                trailing, threshold = self._known[symbol][1]()
                 alert = Alert(
                     ts_ms=ms,
                     symbol=symbol,
@@ -214,7 +218,7 @@ class Detector:
         return raised
 
     async def ask(self, events: Columns, rows: Rows) -> Rows:
-        """Learn the thresholds, as of now, of rows of one `detector.refresh_s`; return those not in a cooldown."""
+        """Ask for the thresholds, as of now, of rows of one `detector.refresh_s`; return those not in a cooldown."""
         loud = rows[~self.quiet(events, rows)]
         if len(loud):
             symbols = [events.symbols[code] for code in np.unique(events.symbol[loud]).tolist()]
@@ -267,12 +271,15 @@ class Detector:
         asked = [symbol for symbol in symbols if symbol not in self._known or self._known[symbol][0] < number]
         for at in range(0, len(asked), _PAGE):
             page = asked[at : at + _PAGE]
-            found = await self.method.distributions(page, end_ms=1000 * detector.refresh_s * int(number) - 1)
-            for symbol, trailing in zip(page, found, strict=True):
-                # Of fewer events than that the percentile is the largest of them, or none.
-                enough = trailing.count * (100 - detector.percentile) >= 100
-                threshold = float(trailing.quantiles([detector.percentile / 100])[0]) if enough else np.inf
-                self._known[symbol] = number, trailing, threshold
+            found = await self.method.asked(page, end_ms=1000 * detector.refresh_s * int(number) - 1)
+            for symbol, one in zip(page, found, strict=True):
+                self._known[symbol] = number, cache(partial(self._threshold, one))
+
+    def _threshold(self, asked: Callable[[], Distribution]) -> tuple[Distribution, float]:
+        percentile, trailing = self.settings.detector.percentile, asked()
+        # Of fewer events than that the percentile is the largest of them, or none.
+        enough = trailing.count * (100 - percentile) >= 100
+        return trailing, float(trailing.quantiles([percentile / 100])[0]) if enough else np.inf
 
     async def _raise(self, alert: Alert) -> bool:
         """Claim an alert for its symbol and side, and signal it; return whether nobody had."""

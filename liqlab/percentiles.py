@@ -9,7 +9,8 @@ the memory of this process: what the others would be without Redis.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -85,9 +86,10 @@ class Method(ABC):
     async def distribution(self, symbol: str, *, end_ms: int, window_s: int | None = None) -> Distribution:
         """Return the distribution of a symbol's trailing window; `retention.percentile_window_s` when absent."""
 
-    async def distributions(self, symbols: Sequence[str], *, end_ms: int) -> list[Distribution]:
-        """Return the distribution of each of several symbols, as `distribution` does."""
-        return [await self.distribution(symbol, end_ms=end_ms) for symbol in symbols]
+    async def asked(self, symbols: Sequence[str], *, end_ms: int) -> list[Callable[[], Distribution]]:
+        """Ask for the distribution of each of several symbols as it is now; what can wait is done when it is called."""
+        found = [await self.distribution(symbol, end_ms=end_ms) for symbol in symbols]
+        return [partial(_found, one) for one in found]
 
     @abstractmethod
     async def memory(self, symbol: str) -> int:
@@ -100,6 +102,10 @@ class Method(ABC):
     async def rank(self, symbol: str, values: ArrayLike, *, end_ms: int, window_s: int | None = None) -> Floats:
         """Return which part of a symbol's trailing window is at most each value, 0 to 1."""
         return (await self.distribution(symbol, end_ms=end_ms, window_s=window_s)).rank(values)
+
+
+def _found(one: Distribution) -> Distribution:
+    return one
 
 
 class LogBins(Method):
@@ -123,9 +129,9 @@ class LogBins(Method):
             self.redis, symbol, end_ms=end_ms, window_s=window_s, settings=self.settings
         )
 
-    async def distributions(self, symbols: Sequence[str], *, end_ms: int) -> list[Distribution]:
-        """See `liqlab.quantiles.distributions`: all in one round trip."""
-        return await quantiles.distributions(self.redis, symbols, end_ms=end_ms, settings=self.settings)
+    async def asked(self, symbols: Sequence[str], *, end_ms: int) -> list[Callable[[], Distribution]]:
+        """See `liqlab.quantiles.asked`: all in one round trip."""
+        return await quantiles.asked(self.redis, symbols, end_ms=end_ms, settings=self.settings)
 
     async def memory(self, symbol: str) -> int:
         """See `liqlab.quantiles.memory`."""

@@ -20,6 +20,7 @@ from liqlab.codecs import CODECS, Names, block_span
 from liqlab.codecs.blocks import MAX_EVENTS
 from liqlab.codecs.names import HEAD
 from liqlab.events import Columns
+from liqlab.link import turns
 from liqlab.settings import Settings, load
 
 _SCRIPT: Final = files("liqlab").joinpath("seal.lua").read_text()
@@ -30,7 +31,6 @@ _FAR: Final = 0.8  # of the room: what would take less by the block before needs
 _FULL, _AIM = 0.955, 0.978  # of the room: what a search is content with, and what it aims at
 _TYPICAL: Final = 5.0  # bytes of an event in a block
 _TRIES: Final = 5
-_TURNS: Final = 5  # of the event loop, in which another task takes a reply and sends what comes next
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,6 @@ class Ahead:
         return (await self.work).pop(shard, None)
 
 
-async def _let_work() -> None:
-    for _ in range(_TURNS):
-        await asyncio.sleep(0)
-
-
 async def ahead(redis: Redis, *, now_ms: int, settings: Settings | None = None) -> Ahead:
     """Read what `seal` will seal at a time to come, and make the blocks of it at the next moments of waiting.
 
@@ -123,13 +118,13 @@ async def ahead(redis: Redis, *, now_ms: int, settings: Settings | None = None) 
 
     async def made() -> dict[int | None, tuple[_Front, list[_Block]]]:
         done: dict[int | None, tuple[_Front, list[_Block]]] = {}
-        await _let_work()
+        await turns()
         for shard, front in zip(shards, fronts, strict=True):
             if front:
                 done[shard] = front, []
                 for block in _blocks(front, settings, False):
                     done[shard][1].extend([block] if block else [])
-                    await _let_work()
+                    await turns()
         return done
 
     return Ahead(limit_ms, asyncio.create_task(made()))

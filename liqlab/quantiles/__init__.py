@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Final
 
 import numpy as np
@@ -262,11 +262,22 @@ async def distributions(
     settings: Settings | None = None,
 ) -> list[Distribution]:
     """Return what `distribution` does of each of several symbols, asked for together."""
+    return [merge() for merge in await asked(redis, symbols, end_ms=end_ms, window_s=window_s, settings=settings)]
+
+
+async def asked(
+    redis: Redis,
+    symbols: Sequence[str],
+    *,
+    end_ms: int,
+    window_s: int | None = None,
+    settings: Settings | None = None,
+) -> list[Callable[[], Distribution]]:
+    """Ask for what `distributions` returns, as it is now; each is worked out when it is called for."""
     settings = settings or load()
     family, shards = schema.BY_NAME["sketch"], settings.shards
     keys = [family.key(symbol, shard=schema.shard_of(symbol, shards)).encode() for symbol in symbols]
-    found = await _asked(redis, keys, end_ms, window_s, settings)
-    return [_merged([fields]) for fields in found]
+    return [partial(_merged, [fields]) for fields in await _asked(redis, keys, end_ms, window_s, settings)]
 
 
 async def _asked(

@@ -19,6 +19,7 @@ from liqlab.cleanup import Action, Cleaner, Tier
 from liqlab.cluster import infos
 from liqlab.detector import Alert, Detector, Rows
 from liqlab.events import Columns, run_starts
+from liqlab.link import turns
 from liqlab.sealing import MOST_EACH, Ahead, ahead, seal
 from liqlab.settings import Settings
 
@@ -145,6 +146,7 @@ class Watch:
         await _given_up(self._judging)
 
     async def _judge(self, part: Rows) -> None:
+        await turns()  # the events leave first: meanwhile nothing else is sent, and the server would wait
         raised = await self._detector.judge(self._events, part, self._volume)
         self._expiry.touch_alerts(raised)
         self.alerts += raised
@@ -343,6 +345,7 @@ class Expiry:
         before = await count(redis, settings=self._settings) if stored else 0
         for family, keys in due.items():
             self.expired[family] = self.expired.get(family, 0) + len(keys)
-            for start in range(0, len(keys), _UNLINK):
-                await redis.unlink(*keys[start : start + _UNLINK])
+        gone = [key for keys in due.values() for key in keys]
+        for start in range(0, len(gone), _UNLINK):
+            await redis.unlink(*gone[start : start + _UNLINK])
         self.events += before - await count(redis, settings=self._settings) if stored else 0
