@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,13 +16,15 @@ from numpy.typing import NDArray
 from redis.asyncio import Redis
 
 from liqlab import schema
-from liqlab.archive import LEAST, ROUND, Alike, Entry, alike, names_of, of_each, streams_of, times_of
+from liqlab.archive import LEAST, ROUND, Entry, alike, names_of, of_each, streams_of, times_of
 from liqlab.codecs import CODECS, Names, block_span
 from liqlab.codecs.blocks import MAX_EVENTS
 from liqlab.codecs.names import HEAD
 from liqlab.events import Columns
 from liqlab.link import turns
 from liqlab.settings import Settings, load
+
+Ints = NDArray[np.int64]
 
 _SCRIPT: Final = files("liqlab").joinpath("seal.lua").read_text()
 ENTRY: Final = 72  # bytes that a stream needs around a block, and a length may be off, at most
@@ -64,9 +67,7 @@ class _Front:
     sealed: int  # the time up to which events were sealed, ms
     each: list[float]  # bytes of an event in the last block, if there is one; then in those that were tried
     streams: list[tuple[str, str | None]]  # key, and whose it is where it is one symbol's
-    pages: list[list[Alike]]  # of each stream
-    ids: list[list[bytes]]
-    times: list[NDArray[np.int64]]  # in the IDs
+    entries: list[list[Entry]]  # of each stream, until they are decoded
     end_ms: int  # before which all was read
     whole: bool  # whether that is all there is to seal
 
@@ -210,37 +211,30 @@ async def _read(redis: Redis, shard: int | None, together: int, limit_ms: int, e
     if not epoch or limit_ms <= sealed:
         return None
     streams = await streams_of(redis, shard, names, None)
-    pages: dict[str, list[Alike]] = {key: [] for key, _ in streams}
-    ids: dict[str, list[bytes]] = {key: [] for key in pages}
-    times: dict[str, NDArray[np.int64]] = {key: times_of([]) for key in pages}
-    starts = dict.fromkeys(pages, "-")  # of the streams that have more
+    found: dict[str, list[Entry]] = {key: [] for key, _ in streams}
+    starts = dict.fromkeys(found, "-")  # of the streams that have more
     while True:
         count = max(ROUND // together // len(starts), LEAST)
         pipe = redis.pipeline(transaction=False)
         for key, start in starts.items():
             pipe.execute_command(b"XRANGE", key, start, f"({limit_ms}-0", "COUNT", count)
         with _uncollected():
-            read = [_page(entries) for entries in await pipe.execute()]
-        for key, (found, found_ms, page) in zip(list(starts), read, strict=True):
-            ids[key] += found
-            pages[key] += page
-            times[key] = np.concatenate([times[key], found_ms])
-            if len(found) < count:
+            replies = await pipe.execute()
+        for key, entries in zip(list(starts), replies, strict=True):
+            found[key] += entries
+            if len(entries) < count:
                 del starts[key]
             else:
-                starts[key] = "(" + found[-1].decode()
-        end_ms = min([limit_ms, *(int(times[key][-1]) for key in starts)])
-        if not starts or sum(int(ms.searchsorted(end_ms)) for ms in times.values()) >= enough:
+                starts[key] = "(" + entries[-1][0].decode()
+        end_ms = min([limit_ms, *(_time(found[key][-1]) for key in starts)])
+        if not starts or sum(bisect_left(entries, end_ms, key=_time) for entries in found.values()) >= enough:
             break
-    each = await _last_each(redis, shard) if any(ids.values()) else []
-    columns = list(pages.values()), list(ids.values()), list(times.values())
-    return _Front(names, sealed, each, streams, *columns, end_ms, end_ms == limit_ms)
+    each = await _last_each(redis, shard) if any(found.values()) else []
+    return _Front(names, sealed, each, streams, [*found.values()], end_ms, end_ms == limit_ms)
 
 
-def _page(entries: list[Entry]) -> tuple[list[bytes], NDArray[np.int64], list[Alike]]:
-    ids = [number for number, _ in entries]
-    id_ms = times_of(ids)
-    return ids, id_ms, alike(entries, id_ms)
+def _time(entry: Entry) -> int:
+    return int(entry[0].partition(b"-")[0])
 
 
 @contextmanager
@@ -265,15 +259,23 @@ async def _last_each(redis: Redis, shard: int | None) -> list[float]:
     return [len(words[1]) / block_span(words[1])[0] for _, words in (await pipe.execute())[0] if words[0] == b"b"]
 
 
+def _decoded(front: _Front) -> tuple[list[list[bytes]], list[Ints], list[tuple[Columns, Ints]]]:
+    """Return the IDs of each stream, the times in them, and events with the times in their IDs; empty the front."""
+    ids, times, parts = list[list[bytes]](), list[Ints](), list[tuple[Columns, Ints]]()
+    with _uncollected():
+        for (key, own), entries in zip(front.streams, front.entries, strict=True):
+            ids.append([number for number, _ in entries])
+            times.append(times_of(ids[-1]))
+            parts += [one.decoded(front.names, key, own) for one in alike(entries, times[-1])] if entries else []
+        front.entries.clear()
+    return ids, times, parts
+
+
 def _blocks(front: _Front, settings: Settings, partial: bool) -> Iterator[_Block | None]:
     """Yield the blocks that the events of a front make, and None where others may be let to work in between."""
     names, sealed, each = front.names, front.sealed, front.each
     codec, room = CODECS[settings.writer.block_codec], settings.writer.block_bytes - ENTRY
-    parts = [
-        one.decoded(names, key, own)
-        for (key, own), pages in zip(front.streams, front.pages, strict=True)
-        for one in pages
-    ]
+    ids, times, parts = _decoded(front)
     if not parts:
         return
     events, id_ms = Columns.concat([part for part, _ in parts]), np.concatenate([ms for _, ms in parts])
@@ -305,9 +307,9 @@ def _blocks(front: _Front, settings: Settings, partial: bool) -> Iterator[_Block
         start, each[:] = start + count, [len(block) / count]
         cut_ms = front.end_ms if start == len(id_ms) else int(id_ms[start])
         ends: list[bytes] = []
-        for ids, ms in zip(front.ids, front.times, strict=True):
+        for its, ms in zip(ids, times, strict=True):
             first, last = ms.searchsorted([sealed, cut_ms]).tolist()
-            ends += [ids[first], ids[last - 1]] if first < last else [b"", b""]
+            ends += [its[first], its[last - 1]] if first < last else [b"", b""]
         # An earlier version's writer did not number what its codec spells out; the block does.
         _, stored, _, added = names.take()
         yield _Block(block, count, cut_ms, stored, added, ends)

@@ -271,9 +271,5 @@ async def at_speed(events: pd.DataFrame, writer: Writer, seconds: float) -> None
 
 
 async def _point(redis: Redis, ts_ms: int, events: int) -> dict[str, int]:
-    return {
-        "ts_ms": ts_ms,
-        "events": events,
-        "used_memory": await summed(redis, "memory", "used_memory"),
-        "keys": int(await redis.dbsize()),
-    }
+    used, keys = await asyncio.gather(summed(redis, "memory", "used_memory"), redis.dbsize())
+    return {"ts_ms": ts_ms, "events": events, "used_memory": used, "keys": int(keys)}
