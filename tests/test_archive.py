@@ -353,3 +353,20 @@ async def test_sealing_says_what_an_event_takes_though_nothing_was_sealed(defaul
     assert 3 < few[None].each < 20
     done = (await seal(default_redis, now_ms=T0 + AGES, settings=own, partial=True)).shards[None]
     assert done.each == done.payload / done.events == pytest.approx(few[None].each, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [],
+        [b"0-1"],
+        [b"1700000000000-0", b"1700000000001-7"],
+        [b"1700000000000-0", b"1700000000000-10"],  # of two lengths
+        [b"999-10", b"1000-1"],  # of one, but with the dash elsewhere
+        [b"140737488355327-0", b"0000000000000-10"],
+        [b"000000000000000000001-0"],
+    ],
+)
+def test_times_of_ids_of_any_length(ids: list[bytes]) -> None:
+    assert archive.times_of(ids).tolist() == [int(one.partition(b"-")[0]) for one in ids]
+    assert archive.times_of(ids).dtype == np.int64
