@@ -166,7 +166,7 @@ async def ingest(
     seals = Seals(redis, settings, columns, now_at, rounds) if sealing else None
     # Of a long feed memory is looked at where it is cut for sealing anyway.
     places = seals.rows if seals and len(seals.rows) > _SAMPLES else edges[:-1].tolist()
-    samples = {*places[:: max(len(places) // _SAMPLES, 1)], total}
+    samples = {*places[:: -(-len(places) // _SAMPLES)], total}
     cuts = np.unique(
         [
             *samples,
