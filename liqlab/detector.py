@@ -141,7 +141,7 @@ class Detector:
         self._claim = redis.register_script(_CLAIM) if redis else None
         self._recent: Columns | None = None  # events of the last `detector.volume_s`
         self._last: dict[tuple[str, str], int] = {}  # the last alert that is known of, by symbol and side
-        # By symbol: as of when, and what gives the distribution and the threshold that it makes.
+        # By symbol: as of when, and what gives the distribution with the threshold.
         self._known: dict[str, tuple[int, Callable[[], tuple[Distribution, float]]]] = {}
 
     async def look(self, events: pd.DataFrame) -> list[Alert]:
@@ -193,15 +193,14 @@ class Detector:
         numbers = events.ts_ms[rows] // (1000 * self.settings.detector.refresh_s)
         for start, stop in pairwise([*run_starts(numbers).tolist(), len(rows)]):
             part = await self.ask(events, rows[start:stop])
-            limits = {
-                code: self._known[events.symbols[code]][1]()[1] for code in np.unique(events.symbol[part]).tolist()
-            }
+            codes = np.unique(events.symbol[part]).tolist()
+            limits = {code: self._trailing(events.symbols[code])[1] for code in codes}
             for row in part[events.notional[part] >= [limits[code] for code in events.symbol[part].tolist()]].tolist():
                 symbol, side = events.symbols[events.symbol[row]], SIDES[events.side[row]]
                 ms, notional = int(events.ts_ms[row]), float(events.notional[row])
                 if ms < self._last.get((symbol, side), -1) + 1000 * self.settings.retention.cooldown_s:
                     continue
-                trailing, threshold = self._known[symbol][1]()
+                trailing, threshold = self._trailing(symbol)
                 alert = Alert(
                     ts_ms=ms,
                     symbol=symbol,
@@ -273,9 +272,13 @@ class Detector:
             page = asked[at : at + _PAGE]
             found = await self.method.asked(page, end_ms=1000 * detector.refresh_s * int(number) - 1)
             for symbol, one in zip(page, found, strict=True):
-                self._known[symbol] = number, cache(partial(self._threshold, one))
+                self._known[symbol] = number, cache(partial(self._with_threshold, one))
 
-    def _threshold(self, asked: Callable[[], Distribution]) -> tuple[Distribution, float]:
+    def _trailing(self, symbol: str) -> tuple[Distribution, float]:
+        """Return the distribution that was last asked for, and the threshold that it makes."""
+        return self._known[symbol][1]()
+
+    def _with_threshold(self, asked: Callable[[], Distribution]) -> tuple[Distribution, float]:
         percentile, trailing = self.settings.detector.percentile, asked()
         # Of fewer events than that the percentile is the largest of them, or none.
         enough = trailing.count * (100 - percentile) >= 100

@@ -5,13 +5,13 @@ A batch of the writer names a thousand keys and more; packed in Python they take
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.connection import AbstractConnection
 from redis.connection import HiredisRespSerializer
 
-_SERIALIZER = HiredisRespSerializer()
+_SERIALIZER: Final = HiredisRespSerializer()
 
 
 class _Packing(AbstractConnection):
