@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -23,7 +24,7 @@ from liqlab.codecs.names import HEAD
 from liqlab.events import Columns
 from liqlab.settings import Settings, SettingsError
 
-Part = tuple[int, int, int]  # of a table: see `cuts`
+Part = tuple[int, int]  # of a table, from a row to before another
 
 _SCRIPT: Final = files("liqlab").joinpath("write.lua").read_text()
 _ATTEMPTS: Final = 3
@@ -336,17 +337,10 @@ def why(error: Exception) -> str:
     return f"{error}; {cure}"
 
 
-def cuts(stops: Iterable[int], size: int) -> Iterator[Part]:
-    """Cut slices, which end at `stops`, into batches: from a row, to before another, of a slice that ends there.
-
-    The first of several of a slice is smaller: the server has work while the others are built.
-    """
-    start = 0
-    for stop in stops:
-        first = max(size // 4, 1) if stop - start > size else size
-        for last in [*range(start + first, stop, size), stop]:
-            yield start, last, stop
-            start = last
+def cuts(start: int, stop: int, size: int) -> list[Part]:
+    """Cut a slice into batches; the first of several is smaller: the server has work while the others are built."""
+    first = max(size // 4, 1) if stop - start > size else size
+    return [*pairwise([start, *range(start + first, stop, size), stop])] if start < stop else []
 
 
 async def turns() -> None:

@@ -33,7 +33,7 @@ from liqlab.settings import Settings, load
 
 _RETRY_S: Final = 0.5
 _DRAINED: Final = 20  # batches of the journal read at a time
-_AHEAD: Final = 2  # parts of a table that are packed while the server works
+_AHEAD: Final = 2  # slices, and parts, of a table that are packed while the server works
 
 
 class WriterError(RuntimeError):
@@ -159,8 +159,7 @@ class Writer:
         Raises
         ------
         WriterError
-            The server refused a batch or cannot be reached, and there is no journal or it is full; what waits goes on
-            waiting.
+            The server does not take a batch, and there is no journal or it is full; what waits goes on waiting.
         """
         async with self._sending:
             await self._deliver()
@@ -209,33 +208,37 @@ class Writer:
         events : pandas.DataFrame
             An event table.
         stops : iterable of int
-            Where the slices end, ascending; the first begins at 0. They are asked for early, up to two slices, which
-            are packed while the server works.
+            Where the slices end, ascending; the first begins at 0. Each is asked for two slices early, before anything
+            of the slice at hand is awaited: they are packed while the server works.
         """
-        columns, packed, end = Columns.of(check(events)), deque[tuple[Part, list[Batch]]](), 0
-        parts = cuts(stops, self.settings.writer.bulk_events)
+        columns, following, end = Columns.of(check(events)), iter(stops), 0
+        known, parts, packed = deque[int](), deque[Part](), deque[tuple[Part, list[Batch]]]()
 
-        def pack(part: Part | None) -> bool:
-            packed.extend([(part, self._batches(columns.rows(slice(*part[:2]))))] if part else [])
-            return part is not None
+        def pack() -> tuple[Part, list[Batch]]:
+            part = parts.popleft()
+            return part, self._batches(columns.rows(slice(*part)))
 
-        while packed or (part := next(parts, None)):
+        while True:
+            for stop in islice(following, _AHEAD + 1 - len(known)):
+                parts.extend(cuts(known[-1] if known else end, stop, self.settings.writer.bulk_events))
+                known.append(stop)
+            if not known:
+                return
+            start, stop, sending = end, known.popleft(), None
             async with self._sending:
                 await self._deliver()
-                if not packed:
-                    pack(part)
-                elif packed[-1][1][-1].seq != self._seq:  # something was written in between
-                    for _ in range(len(packed)):
-                        pack(packed.popleft()[0])
-                start, stop, sending = end, -1, None
+                if packed and packed[-1][1][-1].seq != self._seq:  # something was written in between
+                    parts.extendleft([part for part, _ in reversed(packed)])
+                    packed.clear()
                 try:
-                    while end != stop:
-                        (_, end, stop), batches = packed.popleft()
+                    while end < stop:
+                        (_, end), batches = packed.popleft() if packed else pack()
                         self.counts.offered += sum(len(batch.events) for batch in batches)
                         self._in_flight += batches
                         sending = asyncio.create_task(self._deliver())
                         await leaving(batches[0])
-                        while len(packed) < _AHEAD and not (packed and sending.done()) and pack(next(parts, None)):
+                        while parts and len(packed) < _AHEAD and not (packed and sending.done()):
+                            packed.append(pack())
                             await turns()
                         await sending
                 finally:
@@ -256,13 +259,12 @@ class Writer:
         return batches
 
     async def _run(self) -> None:
-        writer = self.settings.writer
         while not self._closing:
             # A journal with events in it asks for the server from time to time, even when no event comes.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), writer.check_s if self.journaled else None)
-            while self._waiting and len(self._waiting) < writer.batch_events and not self._closing:
-                rest_s = self._waiting[0][1] + writer.batch_ms / 1000 - clock.elapsed_s()
+                await asyncio.wait_for(self._wake.wait(), self.settings.writer.check_s if self.journaled else None)
+            while self._waiting and len(self._waiting) < self.settings.writer.batch_events and not self._closing:
+                rest_s = self._waiting[0][1] + self.settings.writer.batch_ms / 1000 - clock.elapsed_s()
                 self._wake.clear()
                 try:
                     async with asyncio.timeout(max(rest_s, 0)):
@@ -280,10 +282,9 @@ class Writer:
 
     async def _deliver_waiting(self) -> None:
         # A backlog goes out in larger batches: that is how a burst is caught up with.
-        count = min(len(self._waiting), self.settings.writer.bulk_events)
-        if count == 0:
+        taken = list(islice(self._waiting, self.settings.writer.bulk_events))
+        if not taken:
             return
-        taken = list(islice(self._waiting, count))
         jam = self.breaker is not None and (self.journaled > 0 or not self.breaker.allows(critical=False))
         urgent = [item for item in taken if item[2]] if jam else []
         batches = []
@@ -292,7 +293,7 @@ class Writer:
                 made = self._batches(Columns.of_events(item[0] for item in items), ahead=ahead)
                 made[-1].waiters = [item[3] for item in items]
                 batches += made
-        self._waiting = deque(islice(self._waiting, count, None))
+        self._waiting = deque(islice(self._waiting, len(taken), None))
         self._in_flight += batches
         self._room.set()
         await self._deliver()

@@ -2,7 +2,7 @@ import asyncio
 import math
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -117,6 +117,21 @@ async def test_what_is_written_between_two_slices_is_there_too(redis: Redis) -> 
                 await writer.write(Event(T0 + 500_000, "okx", "Z", "buy", 1.0, 1.0, 1.0))
                 await writer.flush()
     assert writer.counts.written == len(await history(redis)) == 2_101
+
+
+async def test_slices_are_asked_for_at_moments_that_do_not_depend_on_the_server(default_redis: Redis) -> None:
+    """What a replay answers depends on what it knows by then: two of a feed shall know the same."""
+    writer, asked = Writer(default_redis), list[int]()
+
+    def stops() -> Iterator[int]:
+        for stop in range(20, 401, 20):  # few: the server has taken them before the next are packed
+            asked.append(writer.counts.written)
+            yield stop
+
+    async for _ in writer.write_slices(sample(400), stops()):
+        pass
+    assert asked == [0, 0, *range(0, 360, 20)]
+    assert len(await history(default_redis)) == 400
 
 
 def test_more_than_one_shard_is_written_by_the_script(default_server: Server) -> None:

@@ -166,7 +166,7 @@ async def ingest(
     seals = Seals(redis, settings, columns, now_at, rounds) if sealing else None
     # Of a long feed memory is looked at where it is cut for sealing anyway.
     places = seals.rows if seals and len(seals.rows) > _SAMPLES else edges[:-1].tolist()
-    samples = {*places[:: -(-len(places) // _SAMPLES)], total}
+    samples = {*(places[at] for at in np.linspace(0, len(places) - 1, _SAMPLES, dtype=int).tolist()), total}
     cuts = np.unique(
         [
             *samples,
@@ -183,7 +183,7 @@ async def ingest(
         return int(edges[edges.searchsorted(row, "right")])
 
     def stops() -> Iterator[int]:
-        """Yield where to stop next, as late as may be; asked for while the slice before is still to be written."""
+        """Yield where to stop next, as late as may be; asked for before the two slices before it are written."""
         at = 0
         while at < total:
             stop = int(cuts[cuts.searchsorted(at, "right")])
@@ -198,6 +198,7 @@ async def ingest(
     try:
         if watch:
             await watch.look(0, end_of(0))
+            watch.judge()
         async for start, stop in writer.write_slices(events, stops()):
             now_ms = now_at(stop)
             if watch:
@@ -219,6 +220,8 @@ async def ingest(
                 await watch.look(stop, end_of(stop))
             if seals:
                 await seals.make_next(stop)
+            if watch and stop < total:
+                watch.judge()
             if progress:
                 progress(stop, total)
     finally:

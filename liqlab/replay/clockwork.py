@@ -118,6 +118,7 @@ class Watch:
         self._detector, self._events, self._rows, self._volume, self._expiry = detector, events, rows, volume, expiry
         # Thresholds of one moment are asked for together; of several, each where it is needed.
         self._together = 1000 * detector.settings.detector.refresh_s % expiry.step_ms == 0
+        self._asked = rows[:0]
         self._judging: asyncio.Task[None] | None = None
 
     def first(self, start: int, stop: int) -> int:
@@ -127,14 +128,17 @@ class Watch:
         return int(loud[0]) if len(loud) else stop
 
     async def look(self, start: int, stop: int) -> None:
-        """Begin to judge the rows of a step, of which none is written yet, by what is known now."""
-        part = self._part(start, stop)
-        if len(part):
-            if self._together:
-                await self._detector.ask(self._events, part)
-            self._judging = asyncio.create_task(self._judge(part))
-            if not self._together:
-                await self._judging
+        """Ask for the thresholds of the rows of a step, of which none is written yet, by what is known now."""
+        self._asked = self._part(start, stop)
+        if self._together:
+            await self._detector.ask(self._events, self._asked)
+        else:
+            await self._judge(self._asked)
+
+    def judge(self) -> None:
+        """Begin to judge what was looked at, if it is not yet: from now on more is known from moment to moment."""
+        if self._together and len(self._asked):
+            self._judging = asyncio.create_task(self._judge(self._asked))
 
     async def judged(self) -> None:
         """Return when all that was looked at is judged."""
