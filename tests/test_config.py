@@ -49,6 +49,12 @@ def wait_for(done: object, what: str, within_s: float = 60) -> None:
         time.sleep(0.005)
 
 
+def accepts(path: Path) -> bool:
+    """Return whether somebody listens at a socket: its file is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 @dataclass
 class Deployed:
     """A server that start.sh started."""
@@ -241,7 +247,7 @@ async def test_the_bare_files_let_nobody_in(kind: str, server_binaries: dict[str
     with (tmp_path / "log").open("w") as out:
         process = subprocess.Popen([server_binaries[kind], *arguments], cwd=tmp_path, stdout=out, stderr=out)
     try:
-        wait_for((tmp_path / "s").exists, "the socket")
+        wait_for(lambda: accepts(tmp_path / "s"), "the socket")
         for user in ("default", *PASSWORDS):
             for password in ("", "x", PASSWORDS.get(user, "")):
                 async with connect(f"unix://{tmp_path}/s", username=user, password=password) as client:
@@ -266,7 +272,7 @@ async def test_the_operator_is_off_without_a_password(server_binaries: dict[str,
             stderr=out,
         )
     try:
-        wait_for((tmp_path / "s").exists, "the socket")
+        wait_for(lambda: accepts(tmp_path / "s"), "the socket")
         async with connect(f"unix://{tmp_path}/s", username="writer", password=PASSWORDS["writer"]) as client:
             assert await client.ping()
         async with connect(f"unix://{tmp_path}/s", username="operator", password=PASSWORDS["operator"]) as client:
