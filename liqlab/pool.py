@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from redis.asyncio import BlockingConnectionPool
-from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
 from redis.connection import HiredisRespSerializer
 
 _SERIALIZER: Final = HiredisRespSerializer()
@@ -20,6 +20,11 @@ class _Packing(AbstractConnection):
         return packed
 
 
+_PACKING: Final[dict[type[AbstractConnection], type[AbstractConnection]]] = {
+    kind: type(kind.__name__, (_Packing, kind), {}) for kind in (Connection, SSLConnection, UnixDomainSocketConnection)
+}
+
+
 def pool(url: str, **options: Any) -> BlockingConnectionPool:
     """Return a pool for a URL that redis-py knows; nothing is connected yet.
 
@@ -29,6 +34,5 @@ def pool(url: str, **options: Any) -> BlockingConnectionPool:
         The URL cannot be used; its text may quote the password.
     """
     made = BlockingConnectionPool.from_url(url, **options)
-    kind = made.connection_class  # by the URL's scheme
-    made.connection_class = type(kind.__name__, (_Packing, kind), {})
+    made.connection_class = _PACKING.get(made.connection_class, made.connection_class)  # by the URL's scheme
     return made

@@ -218,7 +218,7 @@ async def stored(client: Redis, settings: Settings, events: pd.DataFrame) -> dic
     assert (done.events, done.held, done.evicted) == (len(events), len(events), 0)
     end_ms = int(events["ts_ms"].max())
     symbols = events["symbol"].value_counts().index[:5].astype(str).tolist()
-    found = await quantiles.distributions(client, symbols, end_ms=end_ms, settings=settings)
+    found = [one() for one in await quantiles.asked(client, symbols, end_ms=end_ms, settings=settings)]
     everything = await quantiles.distribution(client, end_ms=end_ms, settings=settings)
     return {
         "history": same(await liqlab.history(client, settings=settings)),
@@ -583,7 +583,7 @@ async def test_what_a_promoted_replica_lacks_comes_from_the_journal(frail: Local
 
 async def kept(client: Redis, settings: Settings, end_ms: int) -> dict[str, pd.DataFrame]:
     names = [f"S{n}" for n in range(40)]
-    found = await quantiles.distributions(client, names, end_ms=end_ms, settings=settings)
+    found = [one() for one in await quantiles.asked(client, names, end_ms=end_ms, settings=settings)]
     return {
         "history": same(await liqlab.history(client, settings=settings)),
         "quantiles": pd.DataFrame([one.quantiles([0.5, 0.99]) for one in found]),

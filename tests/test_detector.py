@@ -125,7 +125,7 @@ async def test_symbols_asked_for_together_answer_as_each_by_itself(default_redis
     names, end_ms = [*events["symbol"].cat.categories, "NOBODY"], int(events["ts_ms"].iloc[-1])
     for window_s in (600, 5_000, 86_400):
         asked = {"end_ms": end_ms, "window_s": window_s, "settings": chosen}
-        together = await quantiles.distributions(default_redis, names, **asked)
+        together = [one() for one in await quantiles.asked(default_redis, names, **asked)]
         for name, found in zip(names, together, strict=True):
             alone = await quantiles.distribution(default_redis, name, **asked)
             assert np.array_equal(

@@ -248,21 +248,9 @@ async def distribution(
         `retention` and `shards`; `liqlab.settings.load()` when absent.
     """
     if symbol is not None:
-        return (await distributions(redis, [symbol], end_ms=end_ms, window_s=window_s, settings=settings))[0]
+        return (await asked(redis, [symbol], end_ms=end_ms, window_s=window_s, settings=settings))[0]()
     keys = [key async for key in redis.scan_iter(match="sketch:*", count=_SCANNED)]
     return _merged(await _asked(redis, keys, end_ms, window_s, settings or load()))
-
-
-async def distributions(
-    redis: Redis,
-    symbols: Sequence[str],
-    *,
-    end_ms: int,
-    window_s: int | None = None,
-    settings: Settings | None = None,
-) -> list[Distribution]:
-    """Return what `distribution` does of each of several symbols, asked for together."""
-    return [merge() for merge in await asked(redis, symbols, end_ms=end_ms, window_s=window_s, settings=settings)]
 
 
 async def asked(
@@ -273,7 +261,7 @@ async def asked(
     window_s: int | None = None,
     settings: Settings | None = None,
 ) -> list[Callable[[], Distribution]]:
-    """Ask for what `distributions` returns, as it is now; each is worked out when it is called for."""
+    """Ask for what `distribution` returns of each of several symbols, as it is now; each is worked out when called."""
     settings = settings or load()
     family, shards = schema.BY_NAME["sketch"], settings.shards
     keys = [family.key(symbol, shard=schema.shard_of(symbol, shards)).encode() for symbol in symbols]
