@@ -67,6 +67,7 @@ class _Front:
     sealed: int  # the time up to which events were sealed, ms
     each: list[float]  # bytes of an event in the last block, if there is one; then in those that were tried
     streams: list[tuple[str, str | None]]  # key, and whose it is where it is one symbol's
+    others: list[str]  # streams that there may be, too, but were not
     entries: list[list[Entry]]  # of each stream, until they are decoded
     end_ms: int  # before which all was read
     whole: bool  # whether that is all there is to seal
@@ -211,6 +212,7 @@ async def _read(redis: Redis, shard: int | None, together: int, limit_ms: int, e
     if not epoch or limit_ms <= sealed:
         return None
     streams = await streams_of(redis, shard, names, None)
+    others = [] if len(streams) > 1 else [schema.BY_NAME["events"].key(name, shard=shard) for name in names.symbols]
     found: dict[str, list[Entry]] = {key: [] for key, _ in streams}
     starts = dict.fromkeys(found, "-")  # of the streams that have more
     while True:
@@ -230,7 +232,7 @@ async def _read(redis: Redis, shard: int | None, together: int, limit_ms: int, e
         if not starts or sum(bisect_left(entries, end_ms, key=_time) for entries in found.values()) >= enough:
             break
     each = await _last_each(redis, shard) if any(found.values()) else []
-    return _Front(names, sealed, each, streams, [*found.values()], end_ms, end_ms == limit_ms)
+    return _Front(names, sealed, each, streams, others, [*found.values()], end_ms, end_ms == limit_ms)
 
 
 def _time(entry: Entry) -> int:
@@ -322,7 +324,7 @@ async def _move(
     """Store blocks in place of their events; return whether to read again."""
     script = redis.register_script(_SCRIPT)
     keys = [schema.BY_NAME[name].key(shard=shard) for name in ("names", "blocks")]
-    keys += [key for key, _ in front.streams]
+    keys += [*(key for key, _ in front.streams), *front.others]
     field, ttl_s = CODECS[settings.writer.block_codec].fields[0], settings.retention.events_s
     done, sealed = Sealed(until_ms=front.sealed), front.sealed
     for one in filter(None, blocks):
@@ -330,6 +332,7 @@ async def _move(
             keys=keys,
             args=[
                 *(front.names.epoch, sealed, one.known + HEAD, one.cut_ms, field, one.payload, ttl_s, len(one.added)),
+                len(front.streams),
                 *one.ends,
                 *one.added,
             ],

@@ -13,7 +13,7 @@ from liqlab import archive, clock, schema, settings
 from liqlab.archive import count, history
 from liqlab.codecs import CodecError
 from liqlab.events import event_table
-from liqlab.sealing import seal
+from liqlab.sealing import ahead, seal
 from liqlab.server import Server
 from liqlab.writer import Writer
 from tests.test_writer import T0, plain, sample, stored
@@ -143,6 +143,18 @@ async def at_any_moment(redis: Redis, server: Server, own: settings.Settings) ->
     same(await history(redis, settings=own), events)
     assert len(readings) > 5
     assert (await redis.xlen("liqb")) > 5
+
+
+async def test_a_stream_that_begins_while_another_is_sealed_keeps_its_events(redis: Redis) -> None:
+    events = sample(6_000)
+    own, shared = chosen("per_symbol"), chosen("shared")
+    now_ms = int(events["ts_ms"].iloc[-1]) + 1_000 * shared.retention.hot_s + 1
+    await Writer(redis, settings=shared).write_table(events.iloc[1_000:])
+    made = await ahead(redis, now_ms=now_ms, settings=shared)
+    assert await made.work
+    await Writer(redis, settings=own).write_table(events.iloc[:1_000])  # from before the time that is sealed up to
+    await seal(redis, now_ms=now_ms, settings=shared, made=made)
+    same(await history(redis), events)
 
 
 async def test_blocks_fit_below_their_size_and_are_nearly_full(default_redis: Redis) -> None:
