@@ -234,6 +234,16 @@ async def test_quiet_symbols(kind: str, fresh_server: Callable[..., Server]) -> 
     assert predicted.base_bytes + predicted.data_bytes == pytest.approx(used, rel=TOTAL)
 
 
+@pytest.mark.parametrize("layout", ["shared", "hybrid"])
+async def test_fewer_symbols_than_shards(layout: str, fresh_server: Callable[..., Server]) -> None:
+    chosen = settings.load(shards=8, writer={"layout": layout, "block_bytes": 4096})
+    events = dense(symbols=3)
+    _, measured, done = await ingested(fresh_server, events, chosen)
+    predicted = sizing.predict(events, chosen, exact=True)
+    assert predicted.table["keys"].to_dict() == measured.families["keys"].to_dict()
+    assert predicted.events_kept == done.held
+
+
 async def test_through_time_is_what_the_server_had() -> None:
     """The feed cut short at a minute leaves what the whole feed's prediction says of that minute."""
     kind = next(iter(BINARIES))

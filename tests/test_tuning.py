@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import liqlab
 from liqlab import clock, plots, settings, sizing
+from liqlab.cleanup import Cleaner
 from liqlab.detector import Detector, backtest
 from liqlab.events import EventError, check, empty
 from liqlab.fidelity import compare, fidelity
@@ -245,7 +246,7 @@ def test_a_feed_without_alerts_has_no_errors() -> None:
 
 def test_more_memory_is_more_history_and_the_shares_add_up() -> None:
     prepared = sizing.prepare(day())
-    found = [evaluate(prepared, changed(settings.load(), {"server.maxmemory": size << 20})) for size in (8, 16, 64)]
+    found = [evaluate(prepared, changed(settings.load(), {"server.maxmemory": size << 20})) for size in (16, 32, 64)]
     assert [one.history_h for one in found] == sorted(one.history_h for one in found)
     for one in found:
         assert one.shares["budget_bytes"].sum() == pytest.approx(one.maxmemory)
@@ -254,7 +255,7 @@ def test_more_memory_is_more_history_and_the_shares_add_up() -> None:
     large, small = found[-1].as_dict(), found[0].as_dict()
     assert large["fits"]
     assert large["headroom_pct"] > small["headroom_pct"]
-    assert small["binds"] == "statistics"
+    assert small["binds"] == "buffer"  # what the server takes by itself
 
 
 def test_what_has_no_budget_does_not_fit_and_is_named() -> None:
@@ -520,7 +521,7 @@ def test_of_equal_settings_the_smaller_ones_are_taken() -> None:
 
 
 def test_fitted_shares_buy_history() -> None:
-    events, memory = day("cascade"), 8 << 20
+    events, memory = day("cascade"), 16 << 20
     fixed, fitted = (
         recommend(
             events, settings.load(), Constraints(maxmemory=memory, shares=shares), space={"retention.candle_s": (900,)}
@@ -528,9 +529,32 @@ def test_fitted_shares_buy_history() -> None:
         for shares in ("fixed", "fitted")
     )
     assert sum(fitted.settings.budget.model_dump().values()) == pytest.approx(1)
-    assert fitted.settings.budget.buffer == fixed.settings.budget.buffer
+    assert fitted.settings.budget.buffer > fixed.settings.budget.buffer
     assert fitted.outcome.history_h > 1.2 * fixed.outcome.history_h
+    assert fitted.outcome.used_bytes < fitted.outcome.full_bytes <= 0.8 * memory
     assert fitted.holds
+
+
+async def test_fitted_streams_that_are_full_are_not_halved() -> None:
+    """On a server whose pressure begins early, with events that fill it within hours."""
+    base = settings.load(
+        server={"maxmemory": "8mb"},
+        thresholds={"trim": 0.45, "halve": 0.5, "emergency": 0.6},
+        writer={"codec": "json"},
+        retention={"hot_s": 86_400, "percentile_window_s": 3_600},
+    )
+    wanted, space = Constraints(shares="fitted", error_pct=100, recall=0), {"writer.layout": ("shared",)}
+    events = liqlab.synth("normal", hours=6, symbols=20, rate_per_min=150, seed=3)
+    begin = events[events["ts_ms"] < events["ts_ms"].iloc[0] + clock.HOUR_MS].reset_index(drop=True)
+    with liqlab.serve(settings=base) as running:
+        async with running.connect() as redis:
+            found = recommend(begin, base, wanted, space=space, calibration=await sizing.calibrate(redis))
+            cleaner = Cleaner(redis, settings=found.settings)
+            done = await liqlab.ingest(events, redis, settings=found.settings, cleaner=cleaner)
+    assert found.holds
+    assert done.cleaned > 0
+    assert done.timeline["used_memory"].max() > 0.8 * found.outcome.full_bytes
+    assert [action.detail for action in cleaner.actions if action.detail.startswith("trim to halve")] == []
 
 
 def test_the_way_to_keep_percentiles_is_recommended_too() -> None:

@@ -159,7 +159,7 @@ def _placed(prepared: Prepared, settings: Settings) -> Placed:
     starts = run_starts(stream).astype(np.int64)
     ties = run_starts(stream, ms)
     seq = np.arange(len(ms)) - np.repeat(ties, np.diff(ties, append=len(ms)))
-    shard = np.where(stream < 0, -1 - stream, shards[stream])
+    shard = np.where(stream < 0, -1 - stream, shards[np.maximum(stream, 0)])
     run = Run(ms, seq, _entries(prepared, settings, place, own))
     stops = np.append(starts[1:], len(ms))
     return Placed(place, stream, run, row, shard, starts, stops, run_starts(stream, row).astype(np.int64))

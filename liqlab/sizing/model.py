@@ -53,8 +53,8 @@ class Calibration:
     base_bytes: int = 465_000
     tables_bytes: int = 2_700
     buffer_bytes: int = 15_000
-    scripts_bytes: int = 0
-    scripts_error: int = 0
+    scripts_bytes: int = 414_000
+    scripts_error: int = 500_000
     factors: dict[str, float] = field(default_factory=dict)
     error: float = 0.05
     server: str = "not calibrated: Redis 8.2 with jemalloc, by the sources"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -169,7 +170,7 @@ def recommend(
     true = len(evaluate(prepared, base, calibration).quality.fidelity.true)
     recall = min(wanted.recall, 1 - 1 / max(true, 1))
     used = {
-        "bytes": tried["used_bytes"] / base.server.maxmemory,
+        "bytes": tried["full_bytes"] / (base.thresholds.halve * base.server.maxmemory),
         "share": 1 - tried["headroom_pct"] / 100,
         "error": tried["threshold_error_pct"].fillna(0) / wanted.error_pct,
         "missed": (1 - tried["recall"].fillna(1)) / max(1 - recall, 1e-9),
@@ -185,11 +186,17 @@ def recommend(
 
 
 def _fitted(outcome: Outcome) -> dict[str, float]:
-    """Return the shares that other families than the streams need, and all the rest for those."""
-    need = outcome.shares.drop(index=["streams", "buffer"])["bytes"] * _SLACK / outcome.maxmemory
-    shares = {f"budget.{name}": round(max(float(part), _LEAST), 4) for name, part in need.items()}
-    shares["budget.buffer"] = outcome.settings.budget.buffer
-    left = 1 - sum(shares.values())
+    """Return the shares that other families than the streams need, and for those all the rest that may be used.
+
+    What full streams must leave free, lest cleanup come to halve them, is the buffer's.
+    """
+    need = outcome.shares["bytes"] / outcome.maxmemory
+    lines, error = outcome.settings.thresholds, outcome.predicted.error_bytes / outcome.maxmemory
+    most = lines.halve - lines.exit_margin - error - float(need.drop("streams").sum())
+    others = need.drop(index=["streams", "buffer"]) * _SLACK
+    shares = {f"budget.{name}": round(max(float(part), _LEAST), 4) for name, part in others.items()}
+    left = math.floor(1e4 * min(1 - sum(shares.values()) - outcome.settings.budget.buffer, most)) / 1e4
+    shares["budget.buffer"] = round(1 - sum(shares.values()) - left, 4)
     # Nothing is left where all families together take more than there is: it will be said of the shares as they were.
     return shares | {"budget.streams": left} if left > 0 else {}
 
@@ -211,7 +218,7 @@ def _best(tried: pd.DataFrame, excess: pd.Series, base: Settings, names: list[st
 def _limits(outcome: Outcome, wanted: Constraints, recall: float) -> pd.DataFrame:
     figures, shares = outcome.as_dict(), outcome.shares.drop(index="streams")
     rows = {f"{name} bytes": (row["bytes"], row["budget_bytes"]) for name, row in shares.iterrows()}
-    rows["used_memory bytes"] = (outcome.used_bytes + outcome.predicted.error_bytes, outcome.maxmemory)
+    rows["used_memory bytes"] = (outcome.full_bytes, outcome.limit_bytes)
     rows["threshold error %"] = (figures["threshold_error_pct"] or 0.0, wanted.error_pct)
     rows["alerts missed %"] = (
         100 * (1 - (1.0 if figures["recall"] is None else figures["recall"])),

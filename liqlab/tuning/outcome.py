@@ -105,6 +105,23 @@ class Outcome:
         return round(sum(size.values()) - max(size["streams"] - budget["streams"], 0))
 
     @cached_property
+    def full_bytes(self) -> int:
+        """What `used_memory` may come to once the streams are full, the prediction erring as far as it may.
+
+        They are full when they have come to their budget, or their oldest events to `retention.events_s`.
+        """
+        size: dict[Any, float] = self.shares["bytes"].to_dict()
+        held = float(self.predicted.held.to_numpy()[-1].sum())
+        grown = max(self.history_h * self.rate_per_h - held, 0) * self.event_bytes
+        streams = min(size["streams"] + grown, self.settings.budget.streams * self.maxmemory)
+        return round(sum(size.values()) - size["streams"] + streams) + self.predicted.error_bytes
+
+    @property
+    def limit_bytes(self) -> int:
+        """Above which `used_memory` must not come to stay: there cleanup halves whatever is kept."""
+        return int(self.settings.thresholds.halve * self.maxmemory)
+
+    @cached_property
     def _left(self) -> dict[str, float]:
         """What each share has left, but for the streams."""
         left: dict[Any, float] = self.shares["headroom_pct"].to_dict()
@@ -122,17 +139,17 @@ class Outcome:
 
     @property
     def fits(self) -> bool:
-        """Whether every share is within its budget, and the whole too where the prediction errs as far as it may."""
-        return self.headroom_pct >= 0 and self.used_bytes + self.predicted.error_bytes <= self.maxmemory
+        """Whether every share is within its budget, and the whole, with full streams, below where cleanup halves it."""
+        return self.headroom_pct >= 0 and self.full_bytes <= self.limit_bytes
 
     @property
     def headline(self) -> str:
         """What settings buy, in one sentence."""
         hours = self.history_h
         kept = f"{hours:,.1f} hours" if hours < _HOURS_SAID else f"{hours / 24:,.1f} days"
-        over = self.used_bytes + self.predicted.error_bytes - self.maxmemory
         if not self.fits and self.headroom_pct >= 0:
-            return f"May not fit: `used_memory` comes to up to {human(over)} more than {human(self.maxmemory)}"
+            line = f"{human(self.limit_bytes)}, where cleanup halves what is kept"
+            return f"May not fit: `used_memory` comes to up to {human(self.full_bytes - self.limit_bytes)} above {line}"
         if not self.fits:
             return f"Does not fit: {self.binds} is {-self.headroom_pct:.0f} % over its budget"
         every = ", as long as events live," if hours == self.settings.retention.events_s / 3600 else ""
@@ -156,6 +173,7 @@ class Outcome:
         shares, error, (precision, recall) = self.shares, self.quality.error_pct, self.quality.shares
         return {
             "used_bytes": self.used_bytes,
+            "full_bytes": self.full_bytes,
             **{f"{name}_bytes": round(size) for name, size in shares["bytes"].items()},
             "event_bytes": self.event_bytes,
             "history_h": self.history_h,

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from liqlab import clock
+from liqlab import __version__, clock
 from liqlab.events import EventError
 from liqlab.feeds import Feed
 from liqlab.percentiles import METHODS
@@ -154,9 +154,9 @@ def _combinations(
 
 
 def _digest(prepared: Prepared, base: Settings, calibration: Calibration | None) -> str:
-    """Return what results of one feed, calibration and settings around are known by."""
+    """Return what results of one feed, calibration and settings around are known by, and of one version's models."""
     columns = prepared.columns
-    digest = hashlib.sha256(repr((columns.symbols, calibration, base)).encode())
+    digest = hashlib.sha256(repr((__version__, columns.symbols, calibration, base)).encode())
     for values in (columns.ts_ms, columns.symbol, columns.side, columns.notional, columns.size):
         digest.update(np.ascontiguousarray(values).data)
     return digest.hexdigest()
