@@ -29,6 +29,7 @@ from liqlab.tuning import Constraints, evaluate, extrapolate, pareto, recommend,
 from liqlab.tuning.alerts import _Asked, quality
 from liqlab.tuning.ranges import Part, WaveletMatrix, quantiles
 from liqlab.tuning.search import _combinations, _rounds
+from liqlab.tuning.verified import _cleaned
 
 RECORDING = Path(__file__).resolve().parents[2] / "shared/feeds/recordings/binance_recorder_2025-01-26.csv"
 SPACE = {
@@ -282,6 +283,16 @@ def test_history_is_no_longer_than_events_live() -> None:
     prepared = sizing.prepare(day())
     assert evaluate(prepared, settings.load()).history_h > 200
     assert evaluate(prepared, changed(settings.load(), {"retention.events_s": 7_200})).history_h == 2
+
+
+def test_cleanup_takes_blocks_first_and_then_what_is_hot() -> None:
+    tight = {"server.maxmemory": 4 << 20, "budget.streams": 0.01, "budget.buffer": 0.51, "writer.block_bytes": 4096}
+    found = evaluate(sizing.prepare(day()), changed(settings.load(), tight))
+    before, held = found.predicted.families.iloc[-1], found.predicted.held.iloc[-1]
+    last, left = _cleaned(found)
+    assert min(before["blocks"], before["events"] - last["events"], held["sealed"]) > 0
+    assert (last["blocks"], last["events"]) == (0, pytest.approx(0.01 * (4 << 20)))
+    assert left == pytest.approx(held["hot"] * last["events"] / before["events"])
 
 
 async def test_history_is_what_a_cleaned_server_keeps(fresh_server: Callable[..., Server]) -> None:

@@ -108,5 +108,10 @@ def _cleaned(found: Outcome) -> tuple[pd.Series[float], float]:
     server = max(float(shares["bytes"]["buffer"] - shares["budget_bytes"]["buffer"]), 0)  # beyond the buffer's share
     room = found.settings.budget.streams * (found.maxmemory - server)
     over = max(float(last["events"] + last["blocks"]) - room, 0)
-    last["blocks" if last["blocks"] > over else "events"] -= over
-    return last, found.predicted.events_kept - over / found.event_bytes
+    held = found.predicted.held.iloc[-1].copy()
+    for family, where in (("blocks", "sealed"), ("events", "hot")):  # the oldest first
+        cut = min(over / last[family], 1.0) if last[family] else 0.0
+        over -= cut * last[family]
+        last[family] *= 1 - cut
+        held[where] *= 1 - cut
+    return last, float(held.sum())
