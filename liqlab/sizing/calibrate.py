@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from liqlab import budget, clock
 from liqlab.candles import FORM
 from liqlab.server import capabilities
-from liqlab.sizing.model import Calibration
+from liqlab.sizing.model import GARBAGE, SOURCES, Calibration
 from liqlab.sizing.structures import PREALLOCATED, Layout, listpack_int, listpack_text
 
 _KEYS: Final = 400  # of a probe
@@ -22,9 +22,6 @@ _SETTLE_S: Final = 0.02
 _SETTLED: Final = 50  # looks at used_memory, at most
 _LARGE: Final = 256 << 10
 _LAYOUTS: Final = ("separate", "kvobj", "valkey", "valkey-embedded")
-# What a batch of 5,000 events leaves to Lua's collector, and how much more or less it may be: measured on Redis 8.2.
-_GARBAGE: Final = (400_000, 500_000)
-_SOURCES: Final = 14_000  # of write.lua and seal.lua, kept by the server
 _EMPTY_VM: Final = 66_560  # the interpreters before the first script
 _BUFFERS: Final = 15_000  # left by batches that wait one behind the other: 6 to 32 KB, measured on both servers
 _ONE: Final = np.ones(1, np.int64)
@@ -120,8 +117,8 @@ async def calibrate(redis: Redis) -> Calibration:
         base_bytes=base[0] - counts * max(base[1] - _EMPTY_VM, 0),
         tables_bytes=max(round(first - least), 0) if first else 0,
         buffer_bytes=_BUFFERS,
-        scripts_bytes=_SOURCES + counts * _GARBAGE[0],
-        scripts_error=counts * _GARBAGE[1],
+        scripts_bytes=SOURCES + counts * GARBAGE[0],
+        scripts_error=counts * GARBAGE[1],
         factors={family: fits[best][name] for name, probe in _PROBES.items() for family in probe.families},
         error=max(2 * float(np.sqrt(np.mean([(factor - 1) ** 2 for factor in fits[best].values()]))), 0.03),
         server=f"{server.kind} {server.version}, {server.allocator}",
