@@ -75,8 +75,8 @@ class Recommendation:
     outcome : Outcome
         Of these settings, predicted for the feed at the rate asked for.
     limits : pandas.DataFrame
-        Index: each share of the budget but the streams', and each constraint. Columns: value, limit, used_pct: how much
-        of the limit is taken; above 100 it does not hold.
+        Index: each share of the budget but the streams', `used_memory` with full streams, and each constraint. Columns:
+        value, limit, used_pct: how much of the limit is taken; above 100 it does not hold.
     tried : pandas.DataFrame
         From `sweep`, and whether each row holds.
     events : pandas.DataFrame
