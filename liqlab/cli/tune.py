@@ -253,11 +253,15 @@ def _show(found: Recommendation, checked: Verified | None) -> None:
     for name in ("figure", "predicted", "measured", "off"):
         table.add_column(name, justify="left" if name == "figure" else "right")
     for figure, row in checked.table.iterrows():
-        values = [
-            f"{row[name]:,.3f}".rstrip("0").rstrip(".") if row[name] == row[name] else ""
-            for name in ("predicted", "measured")
-        ]
+        values = [_figure(row[name]) for name in ("predicted", "measured")]
         table.add_row(str(figure), *values, f"{row['off_pct']:+.1f} %" if row["off_pct"] == row["off_pct"] else "")
     screen.print(table)
     stays = "stays within" if checked.fits else "does not stay within"
     screen.print(f"{stays} its memory; evicted: {checked.replayed.ingested.evicted}")
+
+
+def _figure(value: float) -> str:
+    """Return bytes and counts as whole numbers, a share with three digits, and nothing for what is not known."""
+    if value != value:
+        return ""
+    return f"{value:,.0f}" if value > 1 else f"{value:.3g}"
