@@ -167,10 +167,10 @@ def recommend(
     if space is None:
         space = {name: _with(values, setting(base, name)) for name, values in SPACE.items()}
     tried = sweep(prepared, space, settings=base, calibration=calibration, progress=progress, **options)
-    true = len(evaluate(prepared, base, calibration).quality.fidelity.true)
-    recall = min(wanted.recall, 1 - 1 / max(true, 1))
+    own = evaluate(prepared, base, calibration)
+    recall = min(wanted.recall, 1 - 1 / max(len(own.quality.fidelity.true), 1))
     used = {
-        "bytes": tried["full_bytes"] / (base.thresholds.halve * base.server.maxmemory),
+        "bytes": tried["full_bytes"] / own.limit_bytes,
         "share": 1 - tried["headroom_pct"] / 100,
         "error": tried["threshold_error_pct"].fillna(0) / wanted.error_pct,
         "missed": (1 - tried["recall"].fillna(1)) / max(1 - recall, 1e-9),

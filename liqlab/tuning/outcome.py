@@ -78,14 +78,14 @@ class Outcome:
             {"budget_bytes": room, "bytes": most, "headroom_pct": left}, index=pd.Index(list(budget), name="share")
         )
 
-    @property
+    @cached_property
     def event_bytes(self) -> float:
         """Bytes that one more event takes of the streams: sealed, where blocks are sealed, else hot."""
         hot, sealed = (self.predicted.held[name].to_numpy()[-1] for name in ("hot", "sealed"))
         name, count = ("blocks", sealed) if sealed else ("events", max(hot, 1))
         return float(self.predicted.families[name].to_numpy()[-1] / count)
 
-    @property
+    @cached_property
     def history_h(self) -> float:
         """Hours of this feed that the streams hold within their budget, cleanup removing what is older."""
         room = self.settings.budget.streams * self.maxmemory
@@ -100,9 +100,7 @@ class Outcome:
     @cached_property
     def used_bytes(self) -> int:
         """The most that `used_memory` comes to, cleanup keeping the streams within their budget."""
-        size: dict[Any, float] = self.shares["bytes"].to_dict()
-        budget: dict[Any, float] = self.shares["budget_bytes"].to_dict()
-        return round(sum(size.values()) - max(size["streams"] - budget["streams"], 0))
+        return self._used_bytes(0)
 
     @cached_property
     def full_bytes(self) -> int:
@@ -110,15 +108,19 @@ class Outcome:
 
         They are full when they have come to their budget, or their oldest events to `retention.events_s`.
         """
-        size: dict[Any, float] = self.shares["bytes"].to_dict()
         held = float(self.predicted.held.to_numpy()[-1].sum())
         grown = max(self.history_h * self.rate_per_h - held, 0) * self.event_bytes
+        return self._used_bytes(grown) + self.predicted.error_bytes
+
+    def _used_bytes(self, grown: float) -> int:
+        """Return `used_memory` where the streams are so many bytes larger, as far as their budget lets them."""
+        size: dict[Any, float] = self.shares["bytes"].to_dict()
         streams = min(size["streams"] + grown, self.settings.budget.streams * self.maxmemory)
-        return round(sum(size.values()) - size["streams"] + streams) + self.predicted.error_bytes
+        return round(sum(size.values()) - size["streams"] + streams)
 
     @property
     def limit_bytes(self) -> int:
-        """Above which `used_memory` must not come to stay: there cleanup halves whatever is kept."""
+        """Where `used_memory` must stay below: above it cleanup halves whatever is kept."""
         return int(self.settings.thresholds.halve * self.maxmemory)
 
     @cached_property
