@@ -178,7 +178,7 @@ class Writer:
         async with self._sending:
             if self.journal and self.breaker and self.journaled:
                 await self.breaker.check(self._redis)
-                await self._drain()
+                await self._deliver()
                 if self.journaled:
                     reason = self.breaker.transitions[-1].reason if self.breaker.transitions else "not taken"
                     raise WriterError(f"{self.journaled} events wait in the journal: {reason}")
