@@ -8,19 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import liqlab
+from liqlab import clock
 from liqlab.codecs import BY_FIELD, CODECS, CodecError, Names, block_span
 from liqlab.codecs.base import MAX_MS, MAX_NAME
 from liqlab.codecs.blocks import MAX_EVENTS
-from liqlab.codecs.entropy import MAX_TOKENS, Packer, Unpacker
+from liqlab.codecs.entropy import MAX_TOKENS, Packer, Unpacker, _shares
 from liqlab.codecs.numbers import scaled
 from liqlab.events import Columns, Event
 
 RECORDING = Path(__file__).parents[2] / "shared/feeds/recordings/binance_recorder_2025-01-26.csv"
 TS = 1_700_000_000_000
-GOLDEN = (
-    "010002018bcfe56800018bcfe56800000000080000000200004000001f83"
-    "060fc007e0057f800c1f8d383f639bc2c1f8007e00701f931b07ebae"
-)
+GOLDEN = "020002018bcfe56800018bcfe5680000000008010100046c1f6bae001f83060fc007e0057f800c1f8d383f639bc2c1f8007e00701f93"
 NAMED = st.sampled_from(["BTCUSDT", "1000PEPEUSDT", "BTC-USD-SWAP", "币安人生USDT", "x" * MAX_NAME])
 DECIMALS = st.builds(lambda digits, places: digits / 10**places, st.integers(1, 10**9), st.integers(0, 9))
 FLOATS = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
@@ -243,6 +241,52 @@ def test_runs_come_back_at_every_boundary():
             assert unpack.tokens(MAX_TOKENS).tolist() == list(range(MAX_TOKENS))
             assert unpack.bits(np.array([0, 57, 3])).tolist() == [0, (1 << 57) - 1, 5]
             unpack.finish()
+
+
+@pytest.mark.parametrize(("count", "seeds"), [(3, 0), (3, 40), (10_000, 0), (10_000, 500), (10_000, 20_000)])
+def test_runs_are_what_the_documentation_says(count: int, seeds: int):
+    """Read lane by lane, token by token, in whole numbers."""
+    rng = clock.generator(count + seeds)
+    runs = [np.minimum(rng.geometric(share, size=count), 30) for share in (0.9, 0.5, 0.05)]
+    last = rng.integers(0, 256, seeds)
+    pack = Packer()
+    for run in runs:
+        pack.tokens(run)
+    pack.bits(last, 8)
+    size, data = pack.finish()
+    assert abs(pack.length - len(data)) <= 8
+    lanes, seeded = data[:2]
+    assert (lanes, seeded) == (max(3 * count // 256, 1), min(lanes, seeds // 4))
+    states = [int.from_bytes(data[at : at + 6]) for at in range(2, 2 + 6 * lanes, 6)]
+    words = iter(np.frombuffer(data[2 + 6 * lanes : size], ">u2").tolist())
+    tables = Unpacker("test", b"", data[size:])
+    for run in runs:
+        least, levels = tables.scalar(30), tables.bits(np.full(tables.scalar(30), 4))
+        shares = _shares(levels).tolist()
+        found: list[int] = []
+        for at in range(0, count, lanes):
+            step = range(min(lanes, count - at))
+            for lane in step:
+                slot, place = states[lane] % 32768, 0
+                while slot >= shares[place]:
+                    slot, place = slot - shares[place], place + 1
+                states[lane] = shares[place] * (states[lane] // 32768) + slot
+                found.append(place + least)
+            for lane in step:
+                if states[lane] < 1 << 32:
+                    states[lane] = states[lane] << 16 | next(words)
+        assert found == run.tolist()
+    assert next(words, None) is None
+    assert {state >> 32 for state in states} == {1}
+    plain = data[size:] + b"".join((state % (1 << 32)).to_bytes(4) for state in states[:seeded])
+    assert not any(state % (1 << 32) for state in states[seeded:])
+    behind = int.from_bytes(bytes(last.tolist()))
+    assert any(int.from_bytes(plain) >> filled & (1 << 8 * seeds) - 1 == behind for filled in range(8))
+
+    unpack = Unpacker("test", data[:size], data[size:])
+    assert [unpack.tokens(count).tolist() for _ in runs] == [run.tolist() for run in runs]
+    assert unpack.bits(np.full(seeds, 8)).tolist() == last.tolist()
+    unpack.finish()
 
 
 def test_the_shortest_decimal_is_found():

@@ -151,13 +151,13 @@ def test_a_block_ends_where_it_should():
                 CODECS[name].decode(np.zeros(1, np.int64), [[bad]], names)
     payload = written(CODECS["block"], events, names)[0][0]
     runs = int.from_bytes(payload[15:19], "big")
-    # The last word of the runs decides the last tokens only; that the state does not end where it began gives it away.
-    bad = bytearray(payload)
-    bad[19 + runs - 4] ^= 1
-    with pytest.raises(CodecError):
-        CODECS["block"].decode(np.zeros(1, np.int64), [[bytes(bad)]], names)
+    no_lanes, more_seeds, no_state = (19, b"\0"), (20, bytes([payload[19] + 1])), (21, bytes(6))
+    for (at, wrong), message in ((no_lanes, "runs of"), (more_seeds, "runs of"), (no_state, "behind its end")):
+        bad = payload[:at] + wrong + payload[at + len(wrong) :]
+        with pytest.raises(CodecError, match=message):
+            CODECS["block"].decode(np.zeros(1, np.int64), [[bad]], names)
     longer = payload[:15] + (runs + 4).to_bytes(4, "big") + payload[19 : 19 + runs] + bytes(4) + payload[19 + runs :]
-    with pytest.raises(CodecError, match="goes on behind its last event"):
+    with pytest.raises(CodecError, match="go on behind the last event"):
         CODECS["block"].decode(np.zeros(1, np.int64), [[longer]], names)
 
 

@@ -112,7 +112,7 @@ def inflate(codec: str, data: bytes, limit: int) -> bytes:
 
 
 _HEAD: Final = struct.Struct(">BHHIHII")  # version, events, first time (2 + 4), last time (2 + 4), bytes of the runs
-_VERSION: Final = 1
+_VERSION: Final = 2  # 1 had one state for all runs, before 0.1.0
 _Fit = tuple[Scaled, Sizes]  # prices and sizes as a block stores them
 _LONG: Final = 1 << 40  # a mantissa from here on takes as much as the float64 that it stands for
 _GROUPS: Final = 4
