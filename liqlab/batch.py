@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
@@ -72,7 +73,9 @@ def pack(
         There are more symbols or exchanges than can be numbered.
     """
     ranks = {shard: rank for rank, shard in enumerate(names)}
-    rank = np.array([ranks.get(schema.shard_of(name, settings.shards), len(ranks)) for name in events.symbols])
+    rank = np.zeros(len(events.symbols), np.int64)
+    if settings.shards > 1:
+        rank[:] = [ranks.get(schema.shard_of(name, settings.shards), len(ranks)) for name in events.symbols]
     of_event = rank[events.symbol]
     place = np.lexsort((events.symbol, of_event))[: np.count_nonzero(of_event < len(ranks))]
     whole = _Whole(events.rows(place), place, settings)
@@ -114,6 +117,14 @@ class _Whole:
         return replace(events, symbol=events.symbol - first, symbols=self.events.symbols[first:last]), self.place[some]
 
 
+@lru_cache(maxsize=1 << 14)  # of a batch most symbols are those of the last one
+def _keys_of(symbol: str, shard: int | None) -> tuple[str, ...]:
+    """Return a symbol's VWAP and sketch, and the heads of its candles, by width."""
+    family = schema.BY_NAME
+    heads = [family[name].head(symbol, shard=shard) for name in candles.WIDTHS.values()]
+    return family["vwap"].key(symbol, shard=shard), family["sketch"].key(symbol, shard=shard), *heads
+
+
 def _packed(
     whole: _Whole,
     first: int,
@@ -139,16 +150,14 @@ def _packed(
         events, place, whole.starts[first:last] - whole.starts[first], keys, names, settings, shard, busy
     )
     expected = names.take()
-    own = keys.added([family["vwap"].key(name, shard=shard) for name in present])
-    vwaps = [own, *(texts[first:last] for texts in whole.vwaps)]
+    own, sketches, *heads_of = zip(*(_keys_of(symbol, shard) for symbol in present), strict=True)
+    vwaps = [keys.added(own), *(texts[first:last] for texts in whole.vwaps)]
     cells: list[Any] = []
-    for name, part in zip(candles.WIDTHS.values(), whole.candles, strict=True):
-        heads = [family[name].head(symbol, shard=shard) for symbol in present]
+    for name, part, heads in zip(candles.WIDTHS.values(), whole.candles, heads_of, strict=True):
         codes, buckets, words = part.cut(first, last)
         names_of = [f"{heads[code]}{at}" for code, at in zip(codes, buckets, strict=True)]
         cells += [ttl[name], keys.added(names_of), words]
     codes, buckets, words = whole.sketches.cut(first, last)
-    heads = [family["sketch"].key(symbol, shard=shard) for symbol in present]
     kept = -(-settings.retention.percentile_window_s // settings.retention.percentile_bucket_s)
     argument = msgpack.packb(
         [
@@ -159,7 +168,7 @@ def _packed(
             [_maxlen(settings), ttl["events"], *streams],
             [ttl["vwap"], *vwaps],
             [settings.writer.candles, *cells],
-            [ttl["sketch"], kept, [keys(heads[code]) for code in codes], buckets, words],
+            [ttl["sketch"], kept, [keys(sketches[code]) for code in codes], buckets, words],
             [ttl["unique_symbols"], unique, present],
         ],
         use_bin_type=False,  # cmsgpack does not know msgpack's type for bytes

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import hiredis
 from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
 from redis.connection import HiredisRespSerializer
@@ -16,8 +17,12 @@ _SERIALIZER: Final = HiredisRespSerializer()
 
 class _Packing(AbstractConnection):
     def pack_command(self, *args: Any) -> list[bytes]:
-        packed: list[bytes] = _SERIALIZER.pack(*args)
-        return packed
+        name = args[0].encode() if isinstance(args[0], str) else args[0]
+        try:
+            return [hiredis.pack_command((*name.split(), *args[1:]))]
+        except TypeError:  # bytearrays, or what cannot be sent at all: looked for in each argument only then
+            packed: list[bytes] = _SERIALIZER.pack(*args)
+            return packed
 
 
 _PACKING: Final[dict[type[AbstractConnection], type[AbstractConnection]]] = {

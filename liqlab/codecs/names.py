@@ -87,18 +87,17 @@ class Names:
         CodecError
             The table is full.
         """
-        return np.array([self._number(self._symbols, "s", name) for name in names], np.int64)
+        return self._numbers(self._symbols, "s", names)
 
     def of_exchanges(self, names: Sequence[str]) -> NDArray[np.int64]:
         """Return the numbers of exchanges, as `of_symbols` does of symbols."""
-        return np.array([self._number(self._exchanges, "e", name) for name in names], np.int64)
+        return self._numbers(self._exchanges, "e", names)
 
-    def _number(self, numbers: dict[str, int], kind: str, name: str) -> int:
-        number = numbers.get(name)
-        if number is None:
-            self._add(kind + name)
-            number = numbers[name]
-        return number
+    def _numbers(self, numbers: dict[str, int], kind: str, names: Sequence[str]) -> NDArray[np.int64]:
+        for name in [name for name in names if name not in numbers]:
+            if name not in numbers:  # still
+                self._add(kind + name)
+        return np.array([numbers[name] for name in names], np.int64)
 
 
 def _text(entry: bytes) -> str:

@@ -335,10 +335,13 @@ class Expiry:
         end = int(self._due_ms.searchsorted(now_ms, "right"))
         due: dict[str, list[str]] = {}
         which = slice(self._at, max(end, self._at))
-        kinds, codes, buckets = (column[which].tolist() for column in (self._kind, self._code, self._bucket))
-        for kind, code, bucket in zip(kinds, codes, buckets, strict=True):
+        kinds, codes, buckets = (column[which] for column in (self._kind, self._code, self._bucket))
+        for kind in np.unique(kinds).tolist():
             family, heads = self._kinds[kind]
-            due.setdefault(family, []).append(heads[code] if bucket < 0 else f"{heads[code]}{bucket}")
+            its = zip(codes[kinds == kind].tolist(), buckets[kinds == kind].tolist(), strict=True)
+            due.setdefault(family, []).extend(
+                heads[code] if bucket < 0 else f"{heads[code]}{bucket}" for code, bucket in its
+            )
         self._at = which.stop
         while self._heap and self._heap[0][0] <= now_ms:
             deadline, key, family = heapq.heappop(self._heap)
