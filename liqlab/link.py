@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,16 @@ class Counts:
     unreplicated: int = 0
 
 
+class _Packed(NamedTuple):
+    """A shard's part of a batch."""
+
+    names: Names
+    before: tuple[str, int]  # epoch and count of the names that the server must have
+    after: tuple[str, int]  # and of those that it has then
+    keys: list[str]
+    argument: bytes
+
+
 @dataclass
 class Batch:
     """A numbered batch. It keeps its number until the server has taken all of it, whatever goes wrong.
@@ -81,7 +91,7 @@ class Batch:
     ahead: bool = False
     journaled: bool = False
     waiters: list[asyncio.Future[None]] = field(default_factory=list)
-    packed: dict[int | None, tuple[Names, list[str], bytes]] = field(default_factory=dict)
+    packed: dict[int | None, _Packed] = field(default_factory=dict)
 
     def done(self) -> None:
         """Tell the waiters."""
@@ -150,7 +160,7 @@ class Link:
             return [batch]
         known = {shard: (names, names.epoch, names.stored) for shard, names in self._names.items()}
         self._pack(batch, batch.left, busy)
-        size = max(len(argument) for _, _, argument in batch.packed.values())
+        size = max(len(part.argument) for part in batch.packed.values())
         if size > self._settings.writer.batch_bytes and len(events) > 1:
             # What was packed is thrown away, and with it the names that should have gone along.
             for names, epoch, stored in known.values():
@@ -174,8 +184,10 @@ class Link:
 
     def _pack(self, batch: Batch, shards: Collection[int | None], busy: Collection[str] = ()) -> None:
         names = {shard: self._names.setdefault(shard, Names()) for shard in shards}
+        before = {shard: (one.epoch, one.stored) for shard, one in names.items()}
         packed = pack(batch.events, batch.seq, self._name, names, self._settings, ahead=batch.ahead, busy=busy)
-        batch.packed |= {shard: (names[shard], *packed[shard]) for shard in shards}
+        for shard, one in names.items():
+            batch.packed[shard] = _Packed(one, before[shard], (one.epoch, one.stored), *packed[shard])
 
     async def send(self, batch: Batch) -> None:
         """Send a batch until the server has all of it.
@@ -192,14 +204,12 @@ class Link:
             batch.left.clear()
         attempt, until_s = 0, clock.elapsed_s() + self._patience_s
         while batch.left:
-            old = [
-                one
-                for one in batch.left
-                if batch.packed.get(one, (None,))[0] is not self._names.setdefault(one, Names())
-            ]
-            if old:  # for the first time, or again, for another table of names
+            if old := [shard for shard in batch.left if not self._holds(batch, shard)]:
+                for shard in old:  # what was packed to be sent later is packed again, too, when it is
+                    self._names[shard] = self._names.get(shard, Names()).again()
                 self._pack(batch, old)
-            answers = await self._call({shard: batch.packed[shard][1:] for shard in self._next(batch)}, batch)
+            parts = {shard: batch.packed[shard] for shard in self._next(batch)}
+            answers = await self._call({shard: (part.keys, part.argument) for shard, part in parts.items()}, batch)
             refused = [answer for answer in answers.values() if isinstance(answer, Exception)]
             for shard, answer in answers.items():
                 if not isinstance(answer, Exception):
@@ -215,9 +225,18 @@ class Link:
                 await asyncio.sleep(min(_BACKOFF_S * 2**attempt, _LONGEST_S))
         self._counts.batches += 1
 
+    def _holds(self, batch: Batch, shard: int | None) -> bool:
+        """Return whether a batch is packed for just the names that the server is known to have.
+
+        The server looks at their number. If that counted names that come with a later batch, another writer's could
+        be there in their place.
+        """
+        part, names = batch.packed.get(shard), self._names.get(shard)
+        return part is not None and part.names is names and part.before == part.names.held
+
     def _next(self, batch: Batch) -> list[int | None]:
         """Return the shards that are sent together: a server has what was sent in memory until it has run it."""
-        size, sizes = 0, [len(batch.packed[shard][2]) for shard in batch.left]
+        size, sizes = 0, [len(batch.packed[shard].argument) for shard in batch.left]
         for place, each in enumerate(sizes):
             size += each
             if place and size > self._settings.writer.batch_bytes and not self._cluster:
@@ -291,6 +310,7 @@ class Link:
         for other in [other for other, (its, _) in self._taken.items() if its == node]:  # one loss, told once
             del self._taken[other]
             self._acknowledged.pop(other, None)
+            self._names.pop(other, None)
         self._counts.memory_lost += 1
         raise MemoryLostError(f"the node that took the place of {node} lacks batches that {node} had acknowledged")
 
@@ -300,11 +320,11 @@ class Link:
             await self._read_names(shard)
             return
         batch.left.remove(shard)
-        batch.packed.pop(shard, None)
+        part = batch.packed.pop(shard)
         if late == _REPEATED:  # perhaps of an earlier process, under names that this one has not read
             self._acknowledged[shard] = str_if_bytes(epoch[0])
             return
-        self._acknowledged[shard] = self._names[shard].epoch
+        self._acknowledged[shard], part.names.held = part.names.epoch, part.after
         self._counts.late += int(late)
         self._counts.trimmed += int(trimmed)
 
@@ -352,4 +372,4 @@ async def turns() -> None:
 async def leaving(batch: Batch) -> None:
     """Let a batch leave before the next one is built: meanwhile nothing is sent, and the server would wait."""
     await turns()
-    await asyncio.sleep(_WAY_S * sum(len(argument) for _, _, argument in batch.packed.values()))
+    await asyncio.sleep(_WAY_S * sum(len(part.argument) for part in batch.packed.values()))

@@ -169,6 +169,29 @@ async def test_two_writers_that_number_the_same_names_do_not_mix_them_up(default
     pd.testing.assert_frame_equal(await stored(default_redis), plain(events), check_dtype=False)
 
 
+async def test_a_batch_never_counts_names_that_come_with_a_later_one(redis: Redis) -> None:
+    """By their number alone another writer's, there in their place, would be taken for them."""
+
+    def of(*symbols: str) -> Columns:
+        n, times = len(symbols), [T0 + offset[symbol] for symbol in symbols]
+        return Columns.of(event_table(times, ["okx"] * n, symbols, ["buy"] * n, [2.0] * n, [3.0] * n, [6.0] * n))
+
+    offset = {name: place for place, name in enumerate("AXBYZCDE")}
+    ours, theirs = (link.Link(redis, settings.load(), name, link.Counts()) for name in ("ours", "theirs"))
+    one, two, three = (ours.batches(seq, of(*names))[0] for seq, names in ((1, "A"), (2, "B"), (3, "CD")))
+    await ours.send(one)
+    await theirs.send(theirs.batch(1, of("X")))
+    await ours.send(two)  # packed again, behind X
+    four = ours.batches(4, of("D", "E"))[0]  # packed before 3 is packed again
+    await theirs.send(theirs.batch(2, of("Y", "Z")))  # as many names as 4 brings
+    await ours.send(three)
+    await ours.send(four)
+    found = await history(redis)
+    expected = [T0 + offset[symbol] for symbol in found["symbol"]]
+    assert sorted(found["symbol"]) == sorted("AXBYZCDDE")
+    assert found["ts_ms"].tolist() == expected
+
+
 @pytest.mark.parametrize("bulk", [7, 70, 5_000])
 async def test_sketches_count_every_event(redis: Redis, bulk: int) -> None:
     events = sample(2_000)

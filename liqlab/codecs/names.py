@@ -36,7 +36,9 @@ class Names:
     symbols, exchanges : list of str
         By number.
     stored : int
-        How many names the server is known to have.
+        How many names the server has once it has all that was packed with this table, in that order.
+    held : (str, int)
+        The epoch under which, and how many names, it is known to have now.
     """
 
     def __init__(self, entries: Iterable[bytes | str] = (), epoch: str = "") -> None:
@@ -50,6 +52,12 @@ class Names:
         for entry in entries:
             self._add(entry if isinstance(entry, str) else _text(entry))
         self.stored = len(self._entries)
+        self.held = epoch, self.stored
+
+    def again(self) -> Names:
+        """Return the names that the server is known to have, itself where that is all."""
+        epoch, count = self.held
+        return self if (self.epoch, self.stored) == self.held else Names(self._entries[:count], epoch)
 
     def take(self) -> tuple[str, int, str, list[str]]:
         """Return what goes along with a batch; the server is then taken to have it.

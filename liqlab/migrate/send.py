@@ -51,8 +51,9 @@ class Sender(Link):
             self._names.setdefault(shard, Names()).of_symbols(own)
         super()._pack(batch, shards, busy)
         for shard in shards:
-            names, keys, argument = batch.packed[shard]
-            batch.packed[shard] = names, keys, _without_expired(keys, argument, self._now_ms, self._settings)
+            part = batch.packed[shard]
+            argument = _without_expired(part.keys, part.argument, self._now_ms, self._settings)
+            batch.packed[shard] = part._replace(argument=argument)
 
     @property
     def epochs(self) -> dict[str, str]:
