@@ -371,6 +371,7 @@ async def test_one_process_runs_the_schedule(redis: Redis, settings: Settings) -
     await asyncio.gather(*runs, return_exceptions=True)
 
 
+@pytest.mark.timeout(240)  # seven processes, beside others
 def test_commands_take_the_url(cluster: LocalCluster, redis: Redis, events: pd.DataFrame, tmp_path: Path) -> None:
     url = {"LIQLAB_REDIS_URL": cluster.url, "LIQLAB_SHARDS": str(SHARDS)}
     feed = str(tmp_path / "feed.csv")
