@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import chain
 from typing import Final, TypeVar
 
 import numpy as np
@@ -304,7 +305,8 @@ def alike(entries: Sequence[Entry], id_ms: NDArray[np.int64]) -> list[Alike]:
     """Return entries by their first field, their length, and whether they are late; nearly always all are alike."""
     words = [words for _, words in entries]
     if len(set(map(len, words))) == 1:
-        columns = list(zip(*words, strict=True))
+        flat, each = list(chain.from_iterable(words)), len(words[0])
+        columns = [tuple(flat[at::each]) for at in range(each)]
         if columns[0].count(columns[0][0]) == len(words) and _LATE not in columns[-2]:
             return [Alike(id_ms, columns)]
     kinds: dict[tuple[bytes, int, bool], list[int]] = {}
