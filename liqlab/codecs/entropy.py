@@ -133,10 +133,7 @@ class Packer:
         """Return the plain bits, from the highest of each byte on."""
         values, widths = np.concatenate(self._values).astype(np.uint64), np.concatenate(self._widths)
         starts = np.cumsum(widths) - widths
-        place, rest = (
-            starts >> 6,
-            64 - (starts & 63) - widths,
-        )  # in words of 64 bits, and what is left of them behind it
+        place, rest = starts >> 6, 64 - (starts & 63) - widths  # in words of 64 bits; bits of them that are left behind
         words = np.zeros(self._plain // 64 + 2, np.uint64)
         over = np.flatnonzero(rest < 0)  # into the next word, of which it is then the first
         words[place[over] + 1] = values[over] << (64 + rest[over]).astype(np.uint64)
@@ -155,7 +152,7 @@ class Packer:
         cut = len(plain) - _SEED // 8 * seeded
         x = np.full(lanes, _LOW)
         x[:seeded] += np.frombuffer(plain, ">u4", seeded, cut)
-        # A place that no token is dealt to has the share 1, which leaves x as it is.
+        # A place without a token has the whole share, which leaves x as it is.
         share = _dealt([shares[places] for shares, places in self._runs], lanes, 1 << _SHARES).astype(np.uint64)
         start = _dealt([(np.cumsum(shares) - shares)[places] for shares, places in self._runs], lanes, 0)
         rest, full = np.uint64(1 << _SHARES) - share, share << np.uint64(_STATE * 8 - _SHARES)
