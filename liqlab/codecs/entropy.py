@@ -13,6 +13,7 @@ Numbers become tokens by halves of a power of two: 0, 1, 2, 3, 4-5, 6-7, 8-11, 1
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -112,25 +113,12 @@ class Packer:
         plain: Ints = rest + low
         self.bits(values & (np.int64(1) << plain) - 1, plain)
 
-    def _lanes(self) -> tuple[int, int]:
-        """Return how many lanes there are, and how many of them begin with plain bits: those behind the last run."""
-        lanes = max(1, min(_MOST, sum(len(places) for _, places in self._runs) // _EACH))
-        return lanes, min(lanes, (self._plain - self._behind) // _SEED)
+    @cached_property
+    def _begun(self) -> tuple[NDArray[np.uint64], int, bytes]:
+        """The lanes as they begin, with how many plain bits behind the last run, and the plain bits that are left.
 
-    @property
-    def length(self) -> int:
-        """How many bytes `finish` gives, to a few words, without the work: a token takes what its share says."""
-        plain = -(-self._plain // 8)
-        if not self._runs:
-            return plain
-        lanes, seeded = self._lanes()
-        taken = [(_SHARES - np.log2(np.maximum(shares, 1)))[places] for shares, places in self._runs]
-        grown = _dealt(taken, lanes, 0.0).sum(axis=0)
-        grown[:seeded] += 0.56  # log2(1 + u), u anything up to 1, in the mean
-        return 2 + _STATE * lanes + _WORD // 8 * int((grown // _WORD).sum()) + plain - _SEED // 8 * seeded
-
-    def _plain_bytes(self) -> bytes:
-        """Return the plain bits, from the highest of each byte on."""
+        Nothing can be added from then on.
+        """
         values, widths = np.concatenate(self._values).astype(np.uint64), np.concatenate(self._widths)
         starts = np.cumsum(widths) - widths
         place, rest = starts >> 6, 64 - (starts & 63) - widths  # in words of 64 bits; bits of them that are left behind
@@ -140,18 +128,32 @@ class Packer:
         values[over] >>= (-rest[over]).astype(np.uint64)
         first = run_starts(place)
         words[place[first]] |= np.bitwise_or.reduceat(values << np.maximum(rest, 0).astype(np.uint64), first)
-        return words.astype(">u8").tobytes()[: -(-self._plain // 8)]
+        plain = words.astype(">u8").tobytes()[: -(-self._plain // 8)]
 
-    def finish(self) -> tuple[int, bytes]:
-        """Return how many bytes the runs take, and the bytes: runs, then plain bits."""
-        plain = self._plain_bytes()
-        if not self._runs:
-            return 0, plain
-
-        lanes, seeded = self._lanes()
+        lanes = min(max(sum(len(places) for _, places in self._runs) // _EACH, 1), _MOST) if self._runs else 0
+        seeded = min(lanes, (self._plain - self._behind) // _SEED)
         cut = len(plain) - _SEED // 8 * seeded
         x = np.full(lanes, _LOW)
         x[:seeded] += np.frombuffer(plain, ">u4", seeded, cut)
+        return x, seeded, plain[:cut]
+
+    @property
+    def length(self) -> int:
+        """How many bytes `finish` gives, to a word or two, without the work: a token takes what its share says."""
+        x, _, plain = self._begun
+        if not len(x):
+            return len(plain)
+        taken = [(_SHARES - np.log2(np.maximum(shares, 1)))[places] for shares, places in self._runs]
+        grown = _dealt(taken, len(x), 0.0).sum(axis=0) + np.log2(x / _LOW)
+        return 2 + _STATE * len(x) + _WORD // 8 * int((grown // _WORD).sum()) + len(plain)
+
+    def finish(self) -> tuple[int, bytes]:
+        """Return how many bytes the runs take, and the bytes: runs, then plain bits."""
+        begun, seeded, plain = self._begun
+        if not len(begun):
+            return 0, plain
+
+        x, lanes = begun.copy(), len(begun)
         # A place without a token has the whole share, which leaves x as it is.
         share = _dealt([shares[places] for shares, places in self._runs], lanes, 1 << _SHARES).astype(np.uint64)
         start = _dealt([(np.cumsum(shares) - shares)[places] for shares, places in self._runs], lanes, 0)
@@ -169,7 +171,7 @@ class Packer:
             x += grown  # quotient * 2**15 + remainder + start
         states = x.astype(">u8").view(np.uint8).reshape(lanes, 8)[:, 8 - _STATE :].tobytes()
         coded = bytes([lanes, seeded]) + states + left[leaves].astype(">u2").tobytes()
-        return len(coded), coded + plain[:cut]
+        return len(coded), coded + plain
 
 
 class Unpacker:

@@ -120,14 +120,10 @@ class Prepared:
 
         return self.once(("present", count), found)
 
-    def names(self, layout: str = "shared") -> Names:
-        """Return the table of names as the writer fills it: with each minute the new ones.
-
-        Where symbols share a stream the busiest comes first (`liqlab.codecs.base.numbers_of`), else their own order.
-        """
+    def names(self) -> Names:
+        """Return the table of names as the writer fills it: with each minute the new ones, the busiest first."""
         opens = np.flatnonzero(np.diff(self.symbol, prepend=-1))
-        ahead = -self.count[opens] if layout == "shared" else self.symbol[opens]
-        opens = opens[np.lexsort((ahead, self.minute_row[opens]))]
+        opens = opens[np.lexsort((-self.count[opens], self.minute_row[opens]))]
         names = Names()
         names.of_symbols([self.columns.symbols[code] for code in self.symbol[opens].tolist()])
         _, first = np.unique(self.columns.exchange, return_index=True)

@@ -211,7 +211,7 @@ def seal(
 def _exact(prepared: Prepared, settings: Settings, which: Ints) -> Callable[[Ints, bool], int]:
     """Return what says how many bytes a block of events takes: to a word, or exactly."""
     codec, columns = CODECS[settings.writer.block_codec], prepared.columns
-    names = prepared.names(settings.writer.layout)
+    names = prepared.names()
     sizer = cache(lambda: codec.sizer(columns, names))  # for the feed as a whole, if at all
 
     def size_of(left: Ints, exactly: bool) -> int:
