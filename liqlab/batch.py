@@ -199,10 +199,8 @@ def _streams(
     alone = np.array([layout == "per_symbol" or (layout == "hybrid" and name in busy) for name in present])
     of_row = np.repeat(alone, np.diff(starts, append=len(events)))
     streams: list[Any] = []
-    # Whatever the codec: readers find a symbol's own stream and its signals by them, and blocks are made of them. Small
-    # numbers take fewer bytes, so of several new names the busiest comes first.
-    busiest = np.argsort(-np.diff(starts, append=len(events)), kind="stable")
-    names.of_symbols([present[code] for code in busiest.tolist()])
+    # Whatever the codec: readers find a symbol's own stream and its signals by them, and blocks are made of them.
+    names.of_symbols(present)
     names.of_exchanges([events.exchanges[code] for code in np.unique(events.exchange).tolist()])
     if alone.any():
         own = [keys(key(name, shard=shard)) for name, is_own in zip(present, alone.tolist(), strict=True) if is_own]

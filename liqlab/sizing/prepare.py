@@ -121,9 +121,9 @@ class Prepared:
         return self.once(("present", count), found)
 
     def names(self) -> Names:
-        """Return the table of names as the writer fills it: with each minute the new ones, the busiest first."""
+        """Return the table of names as the writer fills it: with each minute the new ones, in the feed's order."""
         opens = np.flatnonzero(np.diff(self.symbol, prepend=-1))
-        opens = opens[np.lexsort((-self.count[opens], self.minute_row[opens]))]
+        opens = opens[np.lexsort((self.symbol[opens], self.minute_row[opens]))]
         names = Names()
         names.of_symbols([self.columns.symbols[code] for code in self.symbol[opens].tolist()])
         _, first = np.unique(self.columns.exchange, return_index=True)
