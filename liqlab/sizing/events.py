@@ -224,12 +224,16 @@ def _sealed(
 ) -> dict[int, Blocks]:
     back = np.empty_like(placed.place)
     back[placed.place] = np.arange(len(back))
-    shard = placed.shard[back]
+    order = np.arange(len(back))
+    if settings.writer.layout != "shared":  # of one moment, sealing has one stream's events after the other's
+        rank = prepared.names().of_symbols(prepared.columns.symbols)[prepared.columns.symbol]
+        order = np.lexsort((np.where(placed.stream[back] < 0, -1, rank), prepared.columns.ts_ms))
+    shard = placed.shard[back][order]
     left = None if lost is None else lost[back]
     return {
         number: seal(prepared, settings, which, None if left is None else left[which], exact=exact, cleaned=cleaned)
         for number in prepared.present(settings.shards)
-        if len(which := np.flatnonzero(shard == number).astype(np.int64))
+        if len(which := order[shard == number].astype(np.int64))
     }
 
 
