@@ -225,7 +225,7 @@ def _sealed(
     back = np.empty_like(placed.place)
     back[placed.place] = np.arange(len(back))
     order = np.arange(len(back))
-    if settings.writer.layout != "shared":  # of one moment, sealing has one stream's events after the other's
+    if exact and settings.writer.layout != "shared":  # of one moment, sealing has one stream's after the other's
         rank = prepared.names().of_symbols(prepared.columns.symbols)[prepared.columns.symbol]
         order = np.lexsort((np.where(placed.stream[back] < 0, -1, rank), prepared.columns.ts_ms))
     shard = placed.shard[back][order]
