@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,16 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@asynccontextmanager
+async def emptied(server: Server) -> AsyncIterator[Redis]:
+    """A client of a server that other tests use as well: it must be left configured as it was found."""
+    async with server.connect() as client:
+        await client.flushall()
+        found = await client.config_get()
+        yield client
+        assert await client.config_get() == found
+
+
 @pytest.fixture(scope="session")
 def server(kind: str, _started: Callable[[str], Server]) -> Server:
     """A running server of each kind; the same one for the whole session."""
@@ -93,8 +104,7 @@ def server(kind: str, _started: Callable[[str], Server]) -> Server:
 @pytest.fixture
 async def redis(server: Server) -> AsyncIterator[Redis]:
     """A client of `server`, which is empty."""
-    async with server.connect() as client:
-        await client.flushall()
+    async with emptied(server) as client:
         yield client
 
 
@@ -107,8 +117,7 @@ def default_server(_started: Callable[[str], Server]) -> Server:
 @pytest.fixture
 async def default_redis(default_server: Server) -> AsyncIterator[Redis]:
     """A client of `default_server`, which is empty."""
-    async with default_server.connect() as client:
-        await client.flushall()
+    async with emptied(default_server) as client:
         yield client
 
 

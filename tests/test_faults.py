@@ -276,23 +276,26 @@ async def test_a_process_that_is_started_again_fills_a_server_that_lost_its_memo
     second.close()
 
 
-async def test_an_error_while_the_journal_is_drained_is_one_of_the_writer(tmp_path: Path, default_redis: Redis) -> None:
+async def test_an_error_while_the_journal_is_drained_is_one_of_the_writer(
+    tmp_path: Path, fresh_server: Callable[..., Server]
+) -> None:
     """One that says nothing of the server's state: the breaker stays closed, and what waits goes on waiting."""
     events, own = numbered(2_000), chosen(tmp_path)
-    writer = Writer(default_redis, settings=own)
-    await default_redis.config_set("maxmemory", "1")
-    await writer.write_table(events)
-    await default_redis.config_set("maxmemory", "0")
-    await default_redis.set("liqid", "not a list")
-    assert writer.breaker is not None
-    while await writer.breaker.check(default_redis) is not State.CLOSED:  # it opened, and has its rest first
-        await asyncio.sleep(0.05)
-    with pytest.raises(WriterError, match=r"WRONGTYPE.*2000 events wait"):
-        await writer.drain()
-    await default_redis.delete("liqid")
-    await drained(writer)
-    await all_there(default_redis, writer, events)
-    writer.close()
+    async with fresh_server().connect() as client:
+        writer = Writer(client, settings=own)
+        await client.config_set("maxmemory", "1")
+        await writer.write_table(events)
+        await client.config_set("maxmemory", "240mb")
+        await client.set("liqid", "not a list")
+        assert writer.breaker is not None
+        while await writer.breaker.check(client) is not State.CLOSED:  # it opened, and has its rest first
+            await asyncio.sleep(0.05)
+        with pytest.raises(WriterError, match=r"WRONGTYPE.*2000 events wait"):
+            await writer.drain()
+        await client.delete("liqid")
+        await drained(writer)
+        await all_there(client, writer, events)
+        writer.close()
 
 
 async def test_half_open_lets_critical_events_through_and_keeps_the_order_of_the_rest(
