@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from liqlab import settings, synth
+from liqlab import serve, settings, synth
 from liqlab.archive import count
 from liqlab.server import Server
 from liqlab.writer import Writer
@@ -82,20 +82,22 @@ async def test_monitor_serves_prometheus(url: dict[str, str], default_redis: Red
         assert watching.returncode == 0
 
 
-async def test_config_is_shown_written_and_applied(url: dict[str, str], default_redis: Redis, tmp_path: Path) -> None:
+async def test_config_is_shown_written_and_applied(tmp_path: Path) -> None:
     assert "maxmemory-policy" in liqlab("config").stdout
     written = liqlab("config", "--out", str(tmp_path / "deploy"), "--set", "server.maxmemory=64mb")
     assert written.returncode == 0, written.stderr
     names = {path.name for path in (tmp_path / "deploy").iterdir()}
     assert {"redis.conf", "users.acl", "docker-compose.yml"} <= names
     assert "maxmemory 67108864" in (tmp_path / "deploy" / "redis.conf").read_text()
-    before = await default_redis.config_get("hz")
-    rows = {
-        row["directive"]: row for row in json.loads(liqlab("config", "--apply", "--json", "--dry-run", **url).stdout)
-    }
-    assert rows["maxmemory-policy"]["state"] == "already so"
-    assert await default_redis.config_get("hz") == before
-    assert liqlab("config", "--apply", **url).returncode == 0
+    with serve() as server:
+        url = {"LIQLAB_REDIS_URL": server.url}
+        async with server.connect() as redis:
+            before = await redis.config_get()
+            shown = json.loads(liqlab("config", "--apply", "--json", "--dry-run", **url).stdout)
+            rows = {row["directive"]: row for row in shown}
+            assert rows["maxmemory-policy"]["state"] == "already so"
+            assert await redis.config_get() == before
+            assert liqlab("config", "--apply", **url).returncode == 0
 
 
 async def test_critical_keys_are_restored(url: dict[str, str], default_redis: Redis, tmp_path: Path) -> None:
