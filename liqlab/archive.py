@@ -9,11 +9,11 @@ it last; so it sees each event once, whatever is sealed meanwhile.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import chain
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -137,20 +137,25 @@ async def of_each(shards: Sequence[int | None], ask: Callable[[int | None, int],
     """
     if len(shards) == 1:
         return [await ask(shards[0], 1)]
-    together = min(len(shards), TOGETHER)
+    among = min(len(shards), TOGETHER)
     room = asyncio.Semaphore(TOGETHER)
 
     async def one(shard: int | None) -> T:
         async with room:
-            return await ask(shard, together)
+            return await ask(shard, among)
 
+    return await together(*(one(shard) for shard in shards))
+
+
+async def together(*works: Coroutine[Any, Any, T]) -> list[T]:
+    """Return what each comes to; should one raise, the others are cancelled and have ended before it is raised."""
     try:
         async with asyncio.TaskGroup() as group:
-            asked = [group.create_task(one(shard)) for shard in shards]
+            begun = [group.create_task(work) for work in works]
     except ExceptionGroup as several:
         first: Exception = several.exceptions[0]
     else:
-        return [task.result() for task in asked]
+        return [task.result() for task in begun]
     raise first
 
 

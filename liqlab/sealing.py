@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Final
@@ -16,11 +13,11 @@ from numpy.typing import NDArray
 from redis.asyncio import Redis
 
 from liqlab import schema
-from liqlab.archive import LEAST, ROUND, Entry, alike, names_of, of_each, streams_of, times_of
-from liqlab.codecs import CODECS, Names, block_span
+from liqlab.archive import of_each
+from liqlab.codecs import CODECS
 from liqlab.codecs.blocks import MAX_EVENTS
 from liqlab.codecs.names import HEAD
-from liqlab.events import Columns
+from liqlab.fronts import Front, Rest, read
 from liqlab.link import turns
 from liqlab.settings import Settings, load
 
@@ -34,6 +31,7 @@ _FAR: Final = 0.8  # of the room: what would take less by the block before needs
 _FULL, _AIM = 0.955, 0.978  # of the room: what a search is content with, and what it aims at
 _TYPICAL: Final = 5.0  # bytes of an event in a block
 _TRIES: Final = 5
+_AHEAD: Final = 100_000  # entries of a shard, read in several rounds: of most bursts all of five minutes
 
 
 @dataclass(frozen=True)
@@ -60,20 +58,6 @@ class Sealed:
 
 
 @dataclass(frozen=True)
-class _Front:
-    """What lies before a time in the hot streams of a shard, as it was read."""
-
-    names: Names
-    sealed: int  # the time up to which events were sealed, ms
-    each: list[float]  # bytes of an event in the last block, if there is one; then in those that were tried
-    streams: list[tuple[str, str | None]]  # key, and whose it is where it is one symbol's
-    others: list[str]  # streams that there may be, too, but were not
-    entries: list[list[Entry]]  # of each stream, until they are decoded
-    end_ms: int  # before which all was read
-    whole: bool  # whether that is all there is to seal
-
-
-@dataclass(frozen=True)
 class _Block:
     """A block, and what must be true of a shard when it takes the place of hot events."""
 
@@ -85,20 +69,67 @@ class _Block:
     ends: list[bytes]  # IDs, the first and the last of each stream
 
 
-@dataclass(frozen=True)
 class Ahead:
-    """Blocks for a time to come, made while the server is busy with other things: see `ahead`."""
+    """What will be sealed at a time to come, and its blocks, made while the server is busy: see `ahead`.
 
-    limit_ms: int
-    work: asyncio.Task[dict[int | None, tuple[_Front, list[_Block]]]]
+    Attributes
+    ----------
+    limit_ms : int
+        Before which events are sealed then.
+    fronts : dict of shard to Front
+        What was read.
+    """
 
-    async def take(self, shard: int | None) -> tuple[_Front, list[_Block]] | None:
-        """Return a shard's, once; None where there was nothing to read, or they were taken."""
-        return (await self.work).pop(shard, None)
+    def __init__(self, limit_ms: int, fronts: dict[int | None, Front], settings: Settings) -> None:
+        self.limit_ms, self.fronts = limit_ms, fronts
+        self._settings = settings
+        self._making: asyncio.Task[dict[int | None, list[_Block]]] | None = None
+
+    def begin(self) -> asyncio.Task[dict[int | None, list[_Block]]]:
+        """Let the blocks be made at the next moments of waiting."""
+        self._making = self._making or asyncio.create_task(self._make())
+        return self._making
+
+    async def _make(self) -> dict[int | None, list[_Block]]:
+        made: dict[int | None, list[_Block]] = {}
+        await turns()
+        for shard, front in self.fronts.items():
+            made[shard] = []
+            for block in _blocks(front, self._settings, False):
+                made[shard] += [block] if block else []
+                await turns()
+        return made
+
+    async def expected(self) -> dict[int | None, Sealed]:
+        """Return, when the blocks are made, what `seal` will have done in each shard if nothing comes in between."""
+        done: dict[int | None, Sealed] = {}
+        for shard, blocks in (await self.begin()).items():
+            front = self.fronts[shard]
+            until_ms = blocks[-1].cut_ms if blocks else front.sealed_ms
+            sums = sum(one.events for one in blocks), len(blocks), sum(len(one.payload) for one in blocks)
+            done[shard] = Sealed(*sums, _each(front), until_ms)
+        return done
+
+    async def take(self, shard: int | None) -> tuple[Front, list[_Block]] | None:
+        """Return a shard's; None where there was nothing to read."""
+        blocks = await self.begin()
+        return (self.fronts[shard], blocks[shard]) if shard in blocks else None
+
+    async def close(self) -> None:
+        """Give up what is not made."""
+        if self._making:
+            self._making.cancel()
+            await asyncio.gather(self._making, return_exceptions=True)
 
 
-async def ahead(redis: Redis, *, now_ms: int, settings: Settings | None = None) -> Ahead:
-    """Read what `seal` will seal at a time to come, and make the blocks of it at the next moments of waiting.
+async def ahead(
+    redis: Redis,
+    *,
+    now_ms: int,
+    settings: Settings | None = None,
+    behind: Mapping[int | None, Front] | None = None,
+) -> Ahead:
+    """Read what `seal` will seal at a time to come.
 
     Parameters
     ----------
@@ -106,30 +137,21 @@ async def ahead(redis: Redis, *, now_ms: int, settings: Settings | None = None) 
         Of `seal`.
     now_ms : int
         The time that `seal` will be given. All events that are older than it less `retention.hot_s` must be stored.
+    behind : mapping of shard to Front, optional
+        What was read for the time before, where blocks are made of it and are stored by then: not read again.
 
     Returns
     -------
     Ahead
-        For `seal`.
+        For `seal`; its `begin` has the blocks made.
     """
-    settings = settings or load()
+    settings, behind = settings or load(), behind or {}
     limit_ms = now_ms - settings.retention.hot_s * 1000
     shards = schema.shards_of(settings)
-    enough = settings.writer.block_bytes // 2
-    fronts = await of_each(shards, lambda shard, together: _read(redis, shard, together, limit_ms, enough))
-
-    async def made() -> dict[int | None, tuple[_Front, list[_Block]]]:
-        done: dict[int | None, tuple[_Front, list[_Block]]] = {}
-        await turns()
-        for shard, front in zip(shards, fronts, strict=True):
-            if front:
-                done[shard] = front, []
-                for block in _blocks(front, settings, False):
-                    done[shard][1].extend([block] if block else [])
-                    await turns()
-        return done
-
-    return Ahead(limit_ms, asyncio.create_task(made()))
+    fronts = await of_each(
+        shards, lambda shard, together: read(redis, shard, together, limit_ms, _AHEAD, behind.get(shard))
+    )
+    return Ahead(limit_ms, {shard: one for shard, one in zip(shards, fronts, strict=True) if one}, settings)
 
 
 async def seal(
@@ -191,14 +213,13 @@ async def _seal(
     ready = await made.take(shard) if made else None
     while tries < _TRIES:
         enough = settings.writer.block_bytes // 2 << tries  # entries: more of them than the last block had room for
-        front = ready[0] if ready else await _read(redis, shard, together, limit_ms, enough)
+        front = ready[0] if ready else await read(redis, shard, together, limit_ms, enough)
         if front is None:
             break
         blocks = ready[1] if ready else _blocks(front, settings, partial)
         done, more = await _move(redis, shard, front, blocks, settings)
-        each = front.each[0] if front.each else 0.0
         sums = total.events + done.events, total.blocks + done.blocks, total.payload + done.payload
-        total = Sealed(*sums, each, done.until_ms)
+        total = Sealed(*sums, _each(front), done.until_ms)
         if not more:
             break
         tries = 0 if done.blocks or ready else tries + 1
@@ -206,83 +227,18 @@ async def _seal(
     return total
 
 
-async def _read(redis: Redis, shard: int | None, together: int, limit_ms: int, enough: int) -> _Front | None:
-    """Read streams from their fronts until there are enough entries before the time up to which all have been read."""
-    epoch, sealed, names = await names_of(redis, shard)
-    if not epoch or limit_ms <= sealed:
-        return None
-    streams = await streams_of(redis, shard, names, None)
-    others = [] if len(streams) > 1 else [schema.BY_NAME["events"].key(name, shard=shard) for name in names.symbols]
-    found: dict[str, list[Entry]] = {key: [] for key, _ in streams}
-    starts = dict.fromkeys(found, "-")  # of the streams that have more
-    while True:
-        count = max(ROUND // together // len(starts), LEAST)
-        pipe = redis.pipeline(transaction=False)
-        for key, start in starts.items():
-            pipe.execute_command(b"XRANGE", key, start, f"({limit_ms}-0", "COUNT", count)
-        with _uncollected():
-            replies = await pipe.execute()
-        for key, entries in zip(list(starts), replies, strict=True):
-            found[key] += entries
-            if len(entries) < count:
-                del starts[key]
-            else:
-                starts[key] = "(" + entries[-1][0].decode()
-        end_ms = min([limit_ms, *(_time(found[key][-1]) for key in starts)])
-        if not starts or sum(bisect_left(entries, end_ms, key=_time) for entries in found.values()) >= enough:
-            break
-    each = await _last_each(redis, shard) if any(found.values()) else []
-    return _Front(names, sealed, each, streams, others, [*found.values()], end_ms, end_ms == limit_ms)
+def _each(front: Front) -> float:
+    return front.each[0] if front.each else 0.0
 
 
-def _time(entry: Entry) -> int:
-    return int(entry[0].partition(b"-")[0])
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Keep the collector of cycles away while thousands of lists come and go.
-
-    It looks at all that the process has, for 50 ms where numpy and pandas are there, once in some reads.
-    """
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
-async def _last_each(redis: Redis, shard: int | None) -> list[float]:
-    """Return the bytes of an event in a shard's last block, if there is one that says so."""
-    pipe = redis.pipeline(transaction=False)
-    pipe.execute_command(b"XREVRANGE", schema.BY_NAME["blocks"].key(shard=shard), "+", "-", "COUNT", 1)
-    return [len(words[1]) / block_span(words[1])[0] for _, words in (await pipe.execute())[0] if words[0] == b"b"]
-
-
-def _decoded(front: _Front) -> tuple[list[list[bytes]], list[Ints], list[tuple[Columns, Ints]]]:
-    """Return the IDs of each stream, the times in them, and events with the times in their IDs; empty the front."""
-    ids, times, parts = list[list[bytes]](), list[Ints](), list[tuple[Columns, Ints]]()
-    with _uncollected():
-        for (key, own), entries in zip(front.streams, front.entries, strict=True):
-            ids.append([number for number, _ in entries])
-            times.append(times_of(ids[-1]))
-            parts += [one.decoded(front.names, key, own) for one in alike(entries, times[-1])] if entries else []
-        front.entries.clear()
-    return ids, times, parts
-
-
-def _blocks(front: _Front, settings: Settings, partial: bool) -> Iterator[_Block | None]:
+def _blocks(front: Front, settings: Settings, partial: bool) -> Iterator[_Block | None]:
     """Yield the blocks that the events of a front make, and None where others may be let to work in between."""
-    names, sealed, each = front.names, front.sealed, front.each
+    names, each = front.names, front.each
     codec, room = CODECS[settings.writer.block_codec], settings.writer.block_bytes - ENTRY
-    ids, times, parts = _decoded(front)
-    if not parts:
+    whole = front.decoded()
+    if not whole:
         return
-    events, id_ms = Columns.concat([part for part, _ in parts]), np.concatenate([ms for _, ms in parts])
-    order = np.argsort(id_ms, kind="stable")[: int(np.searchsorted(np.sort(id_ms), front.end_ms))]
-    events, id_ms, start = events.rows(order), id_ms[order], 0
+    last, events, id_ms, sealed, start = list(each), whole.events, whole.id_ms, front.sealed_ms, 0
     yield None
 
     # Of so many of the first events that are left: bytes of a block, and what makes it.
@@ -307,26 +263,36 @@ def _blocks(front: _Front, settings: Settings, partial: bool) -> Iterator[_Block
             length(count)
         block = tried[count][1]()
         start, each[:] = start + count, [len(block) / count]
+        last = list(each) if codec.name == "block" else []  # others do not say how many events they have
         cut_ms = front.end_ms if start == len(id_ms) else int(id_ms[start])
         ends: list[bytes] = []
-        for its, ms in zip(ids, times, strict=True):
-            first, last = ms.searchsorted([sealed, cut_ms]).tolist()
-            ends += [its[first], its[last - 1]] if first < last else [b"", b""]
+        for key in front.streams:
+            first, after = whole.times[key].searchsorted([sealed, cut_ms]).tolist()
+            ends += [whole.ids[key][first], whole.ids[key][after - 1]] if first < after else [b"", b""]
         # An earlier version's writer did not number what its codec spells out; the block does.
         _, stored, _, added = names.take()
         yield _Block(block, count, cut_ms, stored, added, ends)
         sealed = cut_ms
+    cuts = {key: int(ms.searchsorted(sealed)) for key, ms in whole.times.items()}
+    front.rest = Rest(
+        sealed,
+        last,
+        {key: its[cuts[key] :] for key, its in whole.ids.items()},
+        {key: ms[cuts[key] :] for key, ms in whole.times.items()},
+        events.rows(slice(start, None)),
+        id_ms[start:],
+    )
 
 
 async def _move(
-    redis: Redis, shard: int | None, front: _Front, blocks: Iterable[_Block | None], settings: Settings
+    redis: Redis, shard: int | None, front: Front, blocks: Iterable[_Block | None], settings: Settings
 ) -> tuple[Sealed, bool]:
     """Store blocks in place of their events; return whether to read again."""
     script = redis.register_script(_SCRIPT)
     keys = [schema.BY_NAME[name].key(shard=shard) for name in ("names", "blocks")]
-    keys += [*(key for key, _ in front.streams), *front.others]
+    keys += [*front.streams, *front.others]
     field, ttl_s = CODECS[settings.writer.block_codec].fields[0], settings.retention.events_s
-    done, sealed = Sealed(until_ms=front.sealed), front.sealed
+    done, sealed = Sealed(until_ms=front.sealed_ms), front.sealed_ms
     for one in filter(None, blocks):
         moved = await script(
             keys=keys,

@@ -151,7 +151,7 @@ async def test_a_stream_that_begins_while_another_is_sealed_keeps_its_events(red
     now_ms = int(events["ts_ms"].iloc[-1]) + 1_000 * shared.retention.hot_s + 1
     await Writer(redis, settings=shared).write_table(events.iloc[1_000:])
     made = await ahead(redis, now_ms=now_ms, settings=shared)
-    assert await made.work
+    assert await made.expected()
     await Writer(redis, settings=own).write_table(events.iloc[:1_000])  # from before the time that is sealed up to
     await seal(redis, now_ms=now_ms, settings=shared, made=made)
     same(await history(redis), events)

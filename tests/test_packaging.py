@@ -32,7 +32,7 @@ FLOORS = (
     # writer too long stands before them. `percentiles` needs the writer, which needs `quantiles`.
     (
         *("journalfile", "journal", "breaker", "candles", "quantiles", "batch", "original", "link", "writer"),
-        *("archive", "sealing", "percentiles", "detector", "record"),
+        *("archive", "fronts", "sealing", "percentiles", "detector", "record"),
     ),
     ("budget", "monitor", "cleanup", "migrate"),
     ("sizing", "replay", "fidelity", "comparison", "claims", "tuning"),

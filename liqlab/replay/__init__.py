@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, cast
 
 import numpy as np
@@ -195,6 +196,10 @@ async def ingest(
             yield stop
             at = stop
 
+    async def end(now_ms: int) -> None:
+        if expire:
+            await expiry.run(redis, now_ms)
+
     try:
         if watch:
             await watch.look(0, end_of(0))
@@ -210,16 +215,14 @@ async def ingest(
             if rounds and schedule:
                 rounds.room, looked = rounds.room - (stop - start), stop
                 await schedule.run(now_ms)
-            if seals:
-                await seals.run(stop)
-            if expire:
-                await expiry.run(redis, now_ms if stop < total else max(last_ms, until_ms or 0))
+            ends = partial(end, now_ms if stop < total else max(last_ms, until_ms or 0))
+            await (seals.run(stop, ends) if seals else ends())
             while visit and asked and (asked[0] <= now_ms or stop == total):
                 await visit(asked.pop(0))
             if watch and stop < total:
                 await watch.look(stop, end_of(stop))
             if seals:
-                await seals.make_next(stop)
+                seals.make_next()
             if watch and stop < total:
                 watch.judge()
             if progress:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import asyncio
 import heapq
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 from redis.asyncio import Redis
 
 from liqlab import clock, schema
-from liqlab.archive import count
+from liqlab.archive import count, together
 from liqlab.candles import WIDTHS
 from liqlab.cleanup import Action, Cleaner, Tier
 from liqlab.cluster import infos
 from liqlab.detector import Alert, Detector, Rows
 from liqlab.events import Columns, run_starts
+from liqlab.fronts import Front
 from liqlab.link import turns
-from liqlab.sealing import MOST_EACH, Ahead, ahead, seal
+from liqlab.sealing import MOST_EACH, Ahead, Sealed, ahead, seal
 from liqlab.settings import Settings
 
 _UNLINK: Final = 500
@@ -34,6 +35,7 @@ _NEVER: Final = np.iinfo(np.int64).max // 2
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+_State = dict[int | None, tuple[int, float]]
 
 
 async def summed(redis: Redis, section: str, name: str) -> int:
@@ -147,7 +149,9 @@ class Watch:
 
     async def close(self) -> None:
         """Give up what is not judged."""
-        await _given_up(self._judging)
+        if self._judging:
+            self._judging.cancel()
+            await asyncio.gather(self._judging, return_exceptions=True)
 
     async def _judge(self, part: Rows) -> None:
         await turns()  # the events leave first: meanwhile nothing else is sent, and the server would wait
@@ -157,13 +161,6 @@ class Watch:
 
     def _part(self, start: int, stop: int) -> Rows:
         return self._rows[slice(*self._rows.searchsorted([start, stop]).tolist())]
-
-
-async def _given_up(task: asyncio.Task[Any] | None) -> None:
-    """End a task whose result nobody wants any more, nor its error."""
-    if task:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 class Seals:
@@ -185,13 +182,13 @@ class Seals:
         self._times = events.ts_ms
         self._hot_ms = 1000 * settings.retention.hot_s
         self._made: Ahead | None = None
+        self._fronts: dict[int | None, Front] = {}  # that were read last, of each shard
         shards = schema.shards_of(settings)
         of_symbol = np.array([schema.shard_of(name, settings.shards) or 0 for name in events.symbols], np.int64)
         of_event = of_symbol[events.symbol]
         self._of_shard = {shard: events.ts_ms[of_event == (shard or 0)] for shard in shards}
-        self._sealed_ms = dict.fromkeys(shards, 0)  # up to when all is
-        # With fewer no full block would be found.
-        self._enough = dict.fromkeys(shards, float(settings.writer.block_bytes // MOST_EACH))
+        # Of each shard, up to when all is sealed, and how many events to seal: with fewer no full block would be found.
+        self._state: _State = dict.fromkeys(shards, (0, float(settings.writer.block_bytes // MOST_EACH)))
         minutes = events.ts_ms // clock.MINUTE_MS * clock.MINUTE_MS
         self.rows, next_ms = list[int](), 0
         for row in run_starts(minutes)[1:].tolist():
@@ -200,41 +197,73 @@ class Seals:
                 next_ms = minutes[row] + _SEAL_MS
         self.rows.append(len(minutes))
 
-    async def run(self, row: int) -> None:
-        """Seal, where it is time to."""
-        now_ms = self._now_at(row)
-        if row != self.rows[bisect_left(self.rows, row)] or not (due := self._due(now_ms)):
-            return
-        settings = schema.only(self._settings, due)
-        done = await seal(self._redis, now_ms=now_ms, settings=settings, made=self._made)
-        self._made, self.events = None, self.events + done.events
-        for shard, one in done.shards.items():
-            self._sealed_ms[shard] = max(one.until_ms, self._sealed_ms[shard])
-            if one.blocks:
-                self._enough[shard] = _NEARLY * one.events / one.blocks
-            elif one.each:
-                self._enough[shard] = max(self._enough[shard], _NEARLY * self._settings.writer.block_bytes / one.each)
+    async def run(self, row: int, then: Callable[[], Awaitable[None]]) -> None:
+        """Seal, where it is time to, and await `then`; meanwhile what is sealed next is read, if all of it is there."""
+        made, due = None, list[int | None]()
+        if row == self.rows[bisect_left(self.rows, row)]:
+            (made, self._made), due = (self._made, None), self._due(self._state, self._now_at(row))
 
-    async def make_next(self, row: int) -> None:
-        """Let the next blocks be made while the server takes the events up to then, if all that they hold is there."""
-        if row < len(self._times) and self._made is None:
-            now_ms = self._now_at(self.rows[bisect_right(self.rows, row)])
-            if now_ms - self._hot_ms <= self._times[row] and (due := self._due(now_ms)):
+        async def work() -> None:
+            if due:
                 settings = schema.only(self._settings, due)
-                self._made = await ahead(self._redis, now_ms=now_ms, settings=settings)
+                done = await seal(self._redis, now_ms=self._now_at(row), settings=settings, made=made)
+                self.events += done.events
+                self._state = self._after(done.shards)
+            await then()
 
-    def _due(self, now_ms: int) -> list[int | None]:
+        if made and due and all(front.whole for front in made.fronts.values()):
+            expected = self._after(await made.expected())
+            self._fronts |= made.fronts
+            _, self._made = await together(work(), self._next(row, expected))
+            if self._state == expected:
+                return
+            self._made = None  # a writer or another sealer came in between
+        else:
+            await work()
+            if made:
+                await made.close()
+        if due:
+            self._fronts.clear()
+        self._made = self._made or await self._next(row, self._state)
+
+    async def _next(self, row: int, state: _State) -> Ahead | None:
+        if row == len(self._times):
+            return None
+        now_ms = self._now_at(self.rows[bisect_right(self.rows, row)])
+        if now_ms - self._hot_ms > self._times[row] or not (due := self._due(state, now_ms)):
+            return None
+        return await ahead(self._redis, now_ms=now_ms, settings=schema.only(self._settings, due), behind=self._fronts)
+
+    def make_next(self) -> None:
+        """Let the blocks of it be made while the server takes the events up to then."""
+        if self._made:
+            self._made.begin()
+
+    def _after(self, done: Mapping[int | None, Sealed]) -> _State:
+        state = dict(self._state)
+        for shard, one in done.items():
+            sealed_ms, enough = state[shard]
+            if one.blocks:
+                enough = _NEARLY * one.events / one.blocks
+            elif one.each:
+                enough = max(enough, _NEARLY * self._settings.writer.block_bytes / one.each)
+            state[shard] = max(one.until_ms, sealed_ms), enough
+        return state
+
+    def _due(self, state: _State, now_ms: int) -> list[int | None]:
         """Return the shards that have enough events to seal."""
         due, compacted_ms = list[int | None](), self._rounds.sealed_ms if self._rounds else 0
         for shard, times in self._of_shard.items():
-            sealed, old = times.searchsorted([max(self._sealed_ms[shard], compacted_ms), now_ms - self._hot_ms])
-            if old - sealed >= self._enough[shard]:
+            sealed_ms, enough = state[shard]
+            sealed, old = times.searchsorted([max(sealed_ms, compacted_ms), now_ms - self._hot_ms])
+            if old - sealed >= enough:
                 due.append(shard)
         return due
 
     async def close(self) -> None:
         """Give up the blocks that were to be made next."""
-        await _given_up(self._made.work if self._made else None)
+        if self._made:
+            await self._made.close()
 
 
 class Expiry:
