@@ -12,10 +12,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from redis.asyncio import Redis
+from redis.utils import str_if_bytes
 
 from liqlab import schema
 from liqlab.archive import LEAST, ROUND, Entry, alike, names_of, streams_of, times_of
 from liqlab.codecs import Names, block_span
+from liqlab.codecs.names import HEAD
 from liqlab.events import Columns
 
 Ints = NDArray[np.int64]
@@ -125,15 +127,17 @@ async def read(
     Front or None
         None where nothing can be wanted.
     """
-    epoch, sealed_ms, names = await names_of(redis, shard)
-    streams = dict(await streams_of(redis, shard, names, None)) if epoch else {}
-    # As long as nothing else was sealed, and there are the same streams.
-    same = behind and behind.whole and behind.names.epoch == epoch and behind.streams == streams
-    rest = behind.rest if behind and same and behind.rest and sealed_ms <= behind.rest.sealed_ms else None
-    start, sealed_ms = (f"{behind.end_ms}-0", rest.sealed_ms) if behind and rest else ("-", sealed_ms)
-    if not epoch or limit_ms <= sealed_ms:
+    rest = behind.rest if behind and behind.whole and await _unchanged(redis, shard, behind) else None
+    if behind and rest:
+        names, sealed_ms, streams, others = behind.names, rest.sealed_ms, behind.streams, behind.others
+        start = f"{behind.end_ms}-0"
+    else:
+        epoch, sealed_ms, names = await names_of(redis, shard)
+        streams, start = dict(await streams_of(redis, shard, names, None)) if epoch else {}, "-"
+        own = schema.BY_NAME["events"].key
+        others = [] if len(streams) > 1 else [own(name, shard=shard) for name in names.symbols]
+    if not streams or limit_ms <= sealed_ms:
         return None
-    others = [] if len(streams) > 1 else [schema.BY_NAME["events"].key(name, shard=shard) for name in names.symbols]
     found: dict[str, list[Entry]] = {key: [] for key in streams}
     starts = dict.fromkeys(found, start)  # of those that have more
     while True:
@@ -154,6 +158,21 @@ async def read(
             break
     each = list(rest.each) if rest else await _last_each(redis, shard) if any(found.values()) else []
     return Front(names, sealed_ms, end_ms, end_ms == limit_ms, each, streams, others, found, rest)
+
+
+async def _unchanged(redis: Redis, shard: int | None, front: Front) -> bool:
+    """Return whether there are the same names and streams, and nothing else was sealed than the blocks of a front."""
+    key = schema.BY_NAME["names"].key(shard=shard)
+    pipe = redis.pipeline(transaction=False)
+    pipe.lrange(key, 0, HEAD - 1)
+    pipe.llen(key)
+    if front.others:
+        pipe.exists(*front.others)
+    head, length, *there = await pipe.execute()
+    names = front.names
+    known = HEAD + len(names.symbols) + len(names.exchanges)
+    same = bool(head) and str_if_bytes(head[0]) == names.epoch and length == known and not any(there)
+    return same and front.rest is not None and int(head[1]) <= front.rest.sealed_ms
 
 
 def _time(entry: Entry) -> int:

@@ -97,7 +97,7 @@ class Ahead:
             made[shard] = []
             for block in _blocks(front, self._settings, False):
                 made[shard] += [block] if block else []
-                await turns()
+                await asyncio.sleep(0)
         return made
 
     async def expected(self) -> dict[int | None, Sealed]:
