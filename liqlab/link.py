@@ -358,8 +358,8 @@ def why(error: Exception) -> str:
 
 
 def cuts(start: int, stop: int, size: int) -> list[Part]:
-    """Cut a slice into batches; the first of several is smaller: the server has work while the others are built."""
-    first = max(size // 4, 1) if stop - start > size else size
+    """Cut a slice into batches; the first of a table is smaller: the server has work while the others are built."""
+    first = max(size // 4, 1) if start == 0 and stop > size else size
     return [*pairwise([start, *range(start + first, stop, size), stop])] if start < stop else []
 
 

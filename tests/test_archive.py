@@ -157,6 +157,39 @@ async def test_a_stream_that_begins_while_another_is_sealed_keeps_its_events(red
     same(await history(redis), events)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("disturbed", [False, True])
+async def test_what_is_read_on_is_sealed_as_if_it_were_read_anew(
+    default_redis: Redis, layout: str, disturbed: bool
+) -> None:
+    """Reading begins where the last ended, while that is sealed; the names and the seal of others make it void."""
+    events, own, blocks = sample(6_000), chosen(layout), []
+    moments = [int(ms) + 60_000 for ms in events["ts_ms"].iloc[2_000::500]]
+    stranger = sample(10).assign(symbol=pd.Categorical(["NEWUSDT"] * 10))
+    for reads_on in (False, True):
+        await default_redis.flushall()
+        await Writer(default_redis, settings=own).write_table(events)
+        made, sealed = None, []
+        for place, now_ms in enumerate(moments):
+            if disturbed and place == 3:
+                await seal(default_redis, now_ms=now_ms - 1, settings=own, partial=True)
+            if disturbed and place == 5:
+                await Writer(default_redis, settings=own).write_table(stranger)
+            expected = await made.expected() if made else {}
+            sealing = asyncio.create_task(seal(default_redis, now_ms=now_ms, settings=own, made=made))
+            if not made:
+                await sealing
+            if reads_on and place + 1 < len(moments):
+                behind = made.fronts if made else {}
+                made = await ahead(default_redis, now_ms=moments[place + 1], settings=own, behind=behind)
+            sealed.append(await sealing)
+            assert disturbed or not expected or expected == sealed[-1].shards
+        blocks.append((await default_redis.xrange("liqb"), [one.events for one in sealed]))
+        same(await history(default_redis), pd.concat([events, stranger]) if disturbed else events)
+    assert blocks[0] == blocks[1]
+    assert len(blocks[0][0]) > 10
+
+
 async def test_blocks_fit_below_their_size_and_are_nearly_full(default_redis: Redis) -> None:
     events, own = sample(20_000), chosen(block_bytes="4kb")
     await Writer(default_redis, settings=own).write_table(events)

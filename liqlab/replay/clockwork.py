@@ -30,7 +30,7 @@ _CLOSE: Final = 0.8  # of a share
 _SHORT_MS: Final = 100
 _CALM_MS: Final = 30 * clock.MINUTE_MS
 _SEAL_MS: Final = 5 * clock.MINUTE_MS
-_NEARLY: Final = 0.85  # of the events of a shard's last blocks: none differs by more from those before it
+_NEARLY: Final = 0.88  # of the events of a shard's last blocks: as few are not looked at, see `liqlab.sealing.fitting`
 _NEVER: Final = np.iinfo(np.int64).max // 2
 
 Floats = NDArray[np.float64]

@@ -97,9 +97,10 @@ class Prepared:
         def cut() -> Ints:
             starts = np.concatenate([[0], self.stop[:-1]])
             place = np.arange(len(self)) - starts[self.row]
-            small = np.where(self.stop - starts > bulk, max(bulk // 4, 1), bulk)[self.row]
-            part = np.where(place < small, 0, 1 + (place - small) // bulk)
-            return self.row * (1 << 20) + part
+            # The first batch of a table is smaller.
+            place[self.row == 0] += bulk - max(bulk // 4, 1) if self.stop[0] > bulk else 0
+            batch: Ints = self.row * (1 << 20) + place // bulk
+            return batch
 
         return self.once(("batches", bulk), cut)
 
