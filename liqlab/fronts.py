@@ -99,8 +99,11 @@ class Front:
         events, id_ms = Columns.concat([part for part, _ in parts]), np.concatenate([ms for _, ms in parts])
         order = np.argsort(id_ms, kind="stable")[: int(np.count_nonzero(id_ms < self.end_ms))]
         events, id_ms = events.rows(order), id_ms[order]
-        if old:  # of which none is as new
+        if old:
             events, id_ms = Columns.concat([old.events, events]), np.concatenate([old.id_ms, id_ms])
+            if (np.diff(id_ms) < 0).any():  # some came late
+                order = np.argsort(id_ms, kind="stable")
+                events, id_ms = events.rows(order), id_ms[order]
         return Rest(self.sealed_ms, self.each, ids, times, events, id_ms)
 
 
@@ -130,16 +133,17 @@ async def read(
     rest = behind.rest if behind and behind.whole and await _unchanged(redis, shard, behind) else None
     if behind and rest:
         names, sealed_ms, streams, others = behind.names, rest.sealed_ms, behind.streams, behind.others
-        start = f"{behind.end_ms}-0"
     else:
         epoch, sealed_ms, names = await names_of(redis, shard)
-        streams, start = dict(await streams_of(redis, shard, names, None)) if epoch else {}, "-"
+        streams = dict(await streams_of(redis, shard, names, None)) if epoch else {}
         own = schema.BY_NAME["events"].key
         others = [] if len(streams) > 1 else [own(name, shard=shard) for name in names.symbols]
     if not streams or limit_ms <= sealed_ms:
         return None
     found: dict[str, list[Entry]] = {key: [] for key in streams}
-    starts = dict.fromkeys(found, start)  # of those that have more
+    starts = dict.fromkeys(found, "-")  # of those that have more
+    if rest:  # each where it ended, not where all had ended: another writer may have added what is late
+        starts = {key: f"({rest.ids[key][-1].decode()}" if rest.ids[key] else f"{sealed_ms}-0" for key in found}
     while True:
         count = max(ROUND // together // len(starts), LEAST)
         pipe = redis.pipeline(transaction=False)

@@ -190,6 +190,30 @@ async def test_what_is_read_on_is_sealed_as_if_it_were_read_anew(
     assert len(blocks[0][0]) > 10
 
 
+async def test_what_another_writer_adds_behind_what_was_read_is_not_lost(default_redis: Redis) -> None:
+    """Late, of a symbol that was silent, and then followed by what is read on: both ends of its stream are as read."""
+    own = chosen("per_symbol")
+
+    def made_of(symbol: str, seconds: list[int]) -> pd.DataFrame:
+        count, values = len(seconds), np.random.default_rng(len(seconds)).uniform(1, 2, len(seconds)).round(4)
+        times = T0 + 1_000 * np.array(seconds, np.int64)
+        return event_table(times, ["binance"] * count, [symbol] * count, ["buy"] * count, values, values, values**2)
+
+    parts = [made_of("BUSYUSDT", [*range(900)]), *(made_of("RAREUSDT", [at]) for at in (1, 290, 400))]
+    for part in (parts[0], parts[1]):
+        await Writer(default_redis, settings=own).write_table(part)
+    first = await ahead(default_redis, now_ms=T0 + 300_000 + 60_000, settings=own)
+    assert 0 < (await first.expected())[None].until_ms < T0 + 290_000  # something of it is left
+    await Writer(default_redis, settings=own).write_table(parts[2])
+    assert (await seal(default_redis, now_ms=T0 + 360_000, settings=own, made=first)).blocks
+    await Writer(default_redis, settings=own).write_table(parts[3])
+    second = await ahead(default_redis, now_ms=T0 + 960_000, settings=own, behind=first.fronts)
+    expected = await second.expected()
+    assert (await seal(default_redis, now_ms=T0 + 960_000, settings=own, made=second)).shards == expected
+    assert expected[None].until_ms > T0 + 400_000
+    same(await history(default_redis), pd.concat(parts).sort_values("ts_ms", kind="stable"))
+
+
 async def test_blocks_fit_below_their_size_and_are_nearly_full(default_redis: Redis) -> None:
     events, own = sample(20_000), chosen(block_bytes="4kb")
     await Writer(default_redis, settings=own).write_table(events)
