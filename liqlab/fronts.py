@@ -86,7 +86,7 @@ class Front:
         ids: dict[str, list[bytes]] = dict(old.ids) if old else {}
         times: dict[str, Ints] = dict(old.times) if old else {}
         parts = list[tuple[Columns, Ints]]()
-        with uncollected():
+        with _uncollected():
             for key, entries in self.entries.items():
                 its = [number for number, _ in entries]
                 ms = times_of(its) if its else np.zeros(0, np.int64)
@@ -149,7 +149,7 @@ async def read(
         pipe = redis.pipeline(transaction=False)
         for key, start in starts.items():
             pipe.execute_command(b"XRANGE", key, start, f"({limit_ms}-0", "COUNT", count)
-        with uncollected():
+        with _uncollected():
             replies = await pipe.execute()
         for key, entries in zip(list(starts), replies, strict=True):
             found[key] += entries
@@ -174,8 +174,7 @@ async def _unchanged(redis: Redis, shard: int | None, front: Front) -> bool:
         pipe.exists(*front.others)
     head, length, *there = await pipe.execute()
     names = front.names
-    known = HEAD + len(names.symbols) + len(names.exchanges)
-    same = bool(head) and str_if_bytes(head[0]) == names.epoch and length == known and not any(there)
+    same = bool(head) and str_if_bytes(head[0]) == names.epoch and length == HEAD + names.stored and not any(there)
     return same and front.rest is not None and int(head[1]) <= front.rest.sealed_ms
 
 
@@ -184,7 +183,7 @@ def _time(entry: Entry) -> int:
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def _uncollected() -> Iterator[None]:
     """Keep the collector of cycles away while thousands of lists come and go.
 
     It looks at all that the process has, for 50 ms where numpy and pandas are there, once in some reads.

@@ -369,6 +369,13 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
+async def given_up(task: asyncio.Task[Any] | None) -> None:
+    """End a task whose result nobody wants any more, nor its error."""
+    if task:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 async def leaving(batch: Batch) -> None:
     """Let a batch leave before the next one is built: meanwhile nothing is sent, and the server would wait."""
     await turns()

@@ -18,7 +18,7 @@ from liqlab.codecs import CODECS
 from liqlab.codecs.blocks import MAX_EVENTS
 from liqlab.codecs.names import HEAD
 from liqlab.fronts import Front, Rest, read
-from liqlab.link import turns
+from liqlab.link import given_up, turns
 from liqlab.settings import Settings, load
 
 Ints = NDArray[np.int64]
@@ -117,9 +117,7 @@ class Ahead:
 
     async def close(self) -> None:
         """Give up what is not made."""
-        if self._making:
-            self._making.cancel()
-            await asyncio.gather(self._making, return_exceptions=True)
+        await given_up(self._making)
 
 
 async def ahead(

@@ -28,7 +28,7 @@ from liqlab.breaker import Breaker, State
 from liqlab.codecs import CodecError
 from liqlab.events import Columns, Event, check, check_event
 from liqlab.journal import Journal, JournalError
-from liqlab.link import Batch, Busy, Counts, Link, MemoryLostError, Part, cuts, leaving, turns, why
+from liqlab.link import Batch, Busy, Counts, Link, MemoryLostError, Part, cuts, given_up, leaving, turns, why
 from liqlab.settings import Settings, load
 
 _RETRY_S: Final = 0.5
@@ -242,9 +242,7 @@ class Writer:
                             await turns()
                         await sending
                 finally:
-                    if sending is not None and not sending.done():  # cancelled: the batch stays in flight
-                        sending.cancel()
-                        await asyncio.gather(sending, return_exceptions=True)
+                    await given_up(sending)  # which is done, or this was cancelled: then the batch stays in flight
             yield start, stop
 
     def _batches(self, events: Columns, *, ahead: bool = False) -> list[Batch]:

@@ -227,7 +227,7 @@ def use_the_panel(page: sync_api.Page, made: Path, name: str) -> None:
             arg=json.dumps(before, separators=(",", ":")),
             timeout=10_000,
         )
-    sync_api.expect(headline).to_contain_text("64.00 MiB", timeout=60_000)  # a busy kernel is some keys behind
+    sync_api.expect(headline).to_contain_text("64.00 MiB", timeout=10_000)  # a busy kernel is some keys behind
     page.get_by_role("button", name="Compare with this").click()
     page.get_by_role("button", name="Compare no more").wait_for()
     handle = page.locator(".widget-inline-hbox").filter(has_text="candles kept").locator(".noUi-handle")

@@ -20,7 +20,7 @@ from liqlab.cluster import infos
 from liqlab.detector import Alert, Detector, Rows
 from liqlab.events import Columns, run_starts
 from liqlab.fronts import Front
-from liqlab.link import turns
+from liqlab.link import given_up, turns
 from liqlab.sealing import MOST_EACH, Ahead, Sealed, ahead, seal
 from liqlab.settings import Settings
 
@@ -149,9 +149,7 @@ class Watch:
 
     async def close(self) -> None:
         """Give up what is not judged."""
-        if self._judging:
-            self._judging.cancel()
-            await asyncio.gather(self._judging, return_exceptions=True)
+        await given_up(self._judging)
 
     async def _judge(self, part: Rows) -> None:
         await turns()  # the events leave first: meanwhile nothing else is sent, and the server would wait
