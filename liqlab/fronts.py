@@ -26,12 +26,11 @@ Ints = NDArray[np.int64]
 class Rest(NamedTuple):
     """What was read and is in no block yet, when all before `sealed_ms` is in one.
 
-    `each` has the bytes of an event in the last block, if there is one. Events are in the order of the times in their
-    IDs, which are beside them; IDs and the times in them are there of each stream, too.
+    Events are in the order of the times in their IDs, which are beside them; IDs and the times in them are there of
+    each stream, too.
     """
 
     sealed_ms: int
-    each: list[float]
     ids: dict[str, list[bytes]]
     times: dict[str, Ints]
     events: Columns
@@ -53,7 +52,7 @@ class Front:
     whole : bool
         Whether that is all that was asked for.
     each : list of float
-        Bytes of an event in the last block, if there is one; then in those that were tried.
+        Bytes of an event in the last block, if there is one that says so.
     streams : dict of str to (str or None)
         Keys that were read, and whose each is where it is one symbol's.
     others : list of str
@@ -104,7 +103,7 @@ class Front:
             if (np.diff(id_ms) < 0).any():  # some came late
                 order = np.argsort(id_ms, kind="stable")
                 events, id_ms = events.rows(order), id_ms[order]
-        return Rest(self.sealed_ms, self.each, ids, times, events, id_ms)
+        return Rest(self.sealed_ms, ids, times, events, id_ms)
 
 
 async def read(
@@ -160,7 +159,7 @@ async def read(
         end_ms = min([limit_ms, *(_time(found[key][-1]) for key in starts)])
         if not starts or sum(bisect_left(entries, end_ms, key=_time) for entries in found.values()) >= enough:
             break
-    each = list(rest.each) if rest else await _last_each(redis, shard) if any(found.values()) else []
+    each = behind.each if behind and rest else await _last_each(redis, shard) if any(found.values()) else []
     return Front(names, sealed_ms, end_ms, end_ms == limit_ms, each, streams, others, found, rest)
 
 

@@ -25,7 +25,7 @@ Ints = NDArray[np.int64]
 
 _SCRIPT: Final = files("liqlab").joinpath("seal.lua").read_text()
 ENTRY: Final = 72  # bytes that a stream needs around a block, and a length may be off, at most
-MOST_EACH: Final = 32  # bytes of an event in a block: fewer events than that cannot fill one
+_MOST_EACH: Final = 32  # bytes of an event in a block: fewer events than that cannot fill one
 _FITS: Final = 6
 _FAR: Final = 0.88  # of the room: what would take less by the block before needs no look
 _FULL, _AIM = 0.955, 0.978  # of the room: what a search is content with, and what it aims at
@@ -41,8 +41,7 @@ class Sealed:
     Attributes
     ----------
     each : float
-        Of a shard: bytes that an event takes in a block by the last one that was made, or only measured; 0 where none
-        was.
+        Of a shard: bytes that an event takes in its last block, 0 where there is none that says so.
     until_ms : int
         Of a shard: up to when events are sealed now; 0 where nothing was older than the hot window.
     shards : dict of shard to Sealed
@@ -231,12 +230,12 @@ def _each(front: Front) -> float:
 
 def _blocks(front: Front, settings: Settings, partial: bool) -> Iterator[_Block | None]:
     """Yield the blocks that the events of a front make, and None where others may be let to work in between."""
-    names, each = front.names, front.each
+    names, each = front.names, list(front.each)
     codec, room = CODECS[settings.writer.block_codec], settings.writer.block_bytes - ENTRY
     whole = front.decoded()
     if not whole:
         return
-    last, events, id_ms, sealed, start = list(each), whole.events, whole.id_ms, front.sealed_ms, 0
+    events, id_ms, sealed, start = whole.events, whole.id_ms, front.sealed_ms, 0
     yield None
 
     # Of so many of the first events that are left: bytes of a block, and what makes it.
@@ -249,19 +248,18 @@ def _blocks(front: Front, settings: Settings, partial: bool) -> Iterator[_Block 
         return tried[count][0]
 
     while start < len(id_ms):
-        if not partial and len(id_ms) - start < settings.writer.block_bytes // MOST_EACH:
+        if not partial and len(id_ms) - start < least(settings.writer.block_bytes, *each):
             break
         tried.clear()
         count, full = fitting(id_ms[start:], room, length, *each)
         if not full and not (front.whole and partial):
-            each[:] = [tried[count][0] / count] if count in tried else each
             break
         yield None
         if count not in tried:
             length(count)
         block = tried[count][1]()
-        start, each[:] = start + count, [len(block) / count]
-        last = list(each) if codec.name == "block" else []  # others do not say how many events they have
+        start, each = start + count, [len(block) / count]
+        front.each = each if codec.name == "block" else []  # others do not say how many events they have
         cut_ms = front.end_ms if start == len(id_ms) else int(id_ms[start])
         ends: list[bytes] = []
         for key in front.streams:
@@ -274,7 +272,6 @@ def _blocks(front: Front, settings: Settings, partial: bool) -> Iterator[_Block 
     cuts = {key: int(ms.searchsorted(sealed)) for key, ms in whole.times.items()}
     front.rest = Rest(
         sealed,
-        last,
         {key: its[cuts[key] :] for key, its in whole.ids.items()},
         {key: ms[cuts[key] :] for key, ms in whole.times.items()},
         events.rows(slice(start, None)),
@@ -333,13 +330,13 @@ def fitting(
         `full` says that the block is as large as can be, not just as large as there are events for it.
     """
     whole, best, size = len(id_ms), 0, 0
-    if each and whole <= MAX_EVENTS and whole * each < _FAR * room:
+    if whole < _near(room, each):
         return whole, False
-    least = whole + 1  # the fewest events known to be too many
+    excess = whole + 1  # the fewest events known to be too many
     count = min(max(int(_AIM * room / (each or _TYPICAL)), 1), MAX_EVENTS)
     for _ in range(_FITS):
         count = _untied(id_ms, count)
-        if not best < count < least:
+        if not best < count < excess:
             break
         found = length(count)
         if found <= room:
@@ -347,11 +344,20 @@ def fitting(
             if count == whole or found > _FULL * room:
                 break
         else:
-            least = count
+            excess = count
             if count == _untied(id_ms, 1):  # one moment that is larger than a block
                 return count, True
-        count = min(max(int(_AIM * count * room / found), best + 1), least - 1, MAX_EVENTS)
+        count = min(max(int(_AIM * count * room / found), best + 1), excess - 1, MAX_EVENTS)
     return (best, best < whole or size > 0.9 * room) if best else (_untied(id_ms, 1), True)
+
+
+def least(block_bytes: int, each: float | None = None) -> float:
+    """Return the fewest events that sealing looks at, by the bytes that each takes in the block before."""
+    return max(block_bytes // _MOST_EACH, 1, _near(block_bytes - ENTRY, each))
+
+
+def _near(room: int, each: float | None) -> float:
+    return min(_FAR * room / each, MAX_EVENTS + 1) if each else 0
 
 
 def _untied(id_ms: NDArray[np.int64], count: int) -> int:

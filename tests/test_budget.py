@@ -110,7 +110,8 @@ LOADS: dict[str, Callable[[], list[Command]]] = {
 
 
 async def quiet_memory(redis: Redis) -> int:
-    """used_memory once the tables have been rehashed, without the buffers of clients."""
+    """used_memory once the tables have been rehashed, without the buffers of clients and the log of slow commands."""
+    await redis.slowlog_reset()
     for _ in range(100):
         await asyncio.sleep(0.05)
         if not (await redis.memory_stats()).get("db.dict.rehashing.count"):

@@ -617,6 +617,7 @@ async def test_measured_stands_beside_predicted(fresh_server: Callable[..., Serv
     assert done.fits
     assert abs(done.table.loc["used_memory", "off_pct"]) < 5
     assert done.table.loc["events held"].tolist()[:2] == [len(events)] * 2
-    families = done.table.loc[["vwap bytes", "sketch bytes", "candle bytes", "candle_5m bytes", "candle_1h bytes"]]
+    names = ("events", "blocks", "vwap", "sketch", "candle", "candle_5m", "candle_1h")
+    families = done.table.loc[[f"{name} bytes" for name in names]]
     assert (families["off_pct"].abs() < 5).all(), families
     assert done.as_dict()["evicted"] == 0

@@ -21,7 +21,7 @@ from liqlab.detector import Alert, Detector, Rows
 from liqlab.events import Columns, run_starts
 from liqlab.fronts import Front
 from liqlab.link import given_up, turns
-from liqlab.sealing import MOST_EACH, Ahead, Sealed, ahead, seal
+from liqlab.sealing import Ahead, Sealed, ahead, least, seal
 from liqlab.settings import Settings
 
 _UNLINK: Final = 500
@@ -30,7 +30,6 @@ _CLOSE: Final = 0.8  # of a share
 _SHORT_MS: Final = 100
 _CALM_MS: Final = 30 * clock.MINUTE_MS
 _SEAL_MS: Final = 5 * clock.MINUTE_MS
-_NEARLY: Final = 0.88  # of the events of a shard's last blocks: as few are not looked at, see `liqlab.sealing.fitting`
 _NEVER: Final = np.iinfo(np.int64).max // 2
 
 Floats = NDArray[np.float64]
@@ -185,8 +184,8 @@ class Seals:
         of_symbol = np.array([schema.shard_of(name, settings.shards) or 0 for name in events.symbols], np.int64)
         of_event = of_symbol[events.symbol]
         self._of_shard = {shard: events.ts_ms[of_event == (shard or 0)] for shard in shards}
-        # Of each shard, up to when all is sealed, and how many events to seal: with fewer no full block would be found.
-        self._state: _State = dict.fromkeys(shards, (0, float(settings.writer.block_bytes // MOST_EACH)))
+        # Of each shard, up to when all is sealed, and the bytes of an event in the last block.
+        self._state: _State = dict.fromkeys(shards, (0, 0.0))
         minutes = events.ts_ms // clock.MINUTE_MS * clock.MINUTE_MS
         self.rows, next_ms = list[int](), 0
         for row in run_starts(minutes)[1:].tolist():
@@ -240,21 +239,18 @@ class Seals:
     def _after(self, done: Mapping[int | None, Sealed]) -> _State:
         state = dict(self._state)
         for shard, one in done.items():
-            sealed_ms, enough = state[shard]
-            if one.blocks:
-                enough = _NEARLY * one.events / one.blocks
-            elif one.each:
-                enough = max(enough, _NEARLY * self._settings.writer.block_bytes / one.each)
-            state[shard] = max(one.until_ms, sealed_ms), enough
+            state[shard] = max(one.until_ms, state[shard][0]), one.each
         return state
 
     def _due(self, state: _State, now_ms: int) -> list[int | None]:
         """Return the shards that have enough events to seal."""
         due, compacted_ms = list[int | None](), self._rounds.sealed_ms if self._rounds else 0
         for shard, times in self._of_shard.items():
-            sealed_ms, enough = state[shard]
-            sealed, old = times.searchsorted([max(sealed_ms, compacted_ms), now_ms - self._hot_ms])
-            if old - sealed >= enough:
+            sealed_ms, each = state[shard]
+            if compacted_ms > sealed_ms:  # of a block that is not known here
+                sealed_ms, each = compacted_ms, 0.0
+            sealed, old = times.searchsorted([sealed_ms, now_ms - self._hot_ms])
+            if old - sealed >= least(self._settings.writer.block_bytes, each):
                 due.append(shard)
         return due
 

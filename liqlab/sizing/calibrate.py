@@ -101,7 +101,7 @@ async def calibrate(redis: Redis) -> Calibration:
             probe = _PROBES.get(name, _Probe(lambda key: [("SET", key, "x", "EX", _TTL_S)], lambda *_: 0, ()))
             made = [[("DEL", key), *probe.commands(key), ("EXPIRE", key, _TTL_S)] for key in keys]
             await _run(redis, [command for commands in made for command in commands])
-            used = await _used(redis)
+            used = await settled(redis)
             if name:
                 measured[name] = (used - small) / _KEYS
             else:
@@ -142,7 +142,7 @@ async def _run(redis: Redis, commands: list[Command]) -> None:
     await pipe.execute()
 
 
-async def _used(redis: Redis) -> int:
+async def settled(redis: Redis) -> int:
     """Return `used_memory` without clients, once it stands still: some values are freed behind one's back."""
     last = -1
     for _ in range(_SETTLED):
@@ -159,25 +159,25 @@ async def _first_key(redis: Redis, key: str) -> int:
     """Return what a first key adds to `used_memory`, with the tables that come with it; 0 where there are keys."""
     if await redis.dbsize():
         return 0
-    before = await _used(redis)
+    before = await settled(redis)
     await redis.set(key, "x", ex=_TTL_S)
-    added = await _used(redis) - before
+    added = await settled(redis) - before
     await redis.unlink(key)
     return added
 
 
 async def _counts_scripts(redis: Redis) -> bool:
     """Return whether the heap of scripts is part of `used_memory`, by letting one grow it."""
-    before = await _used(redis)
+    before = await settled(redis)
     await redis.eval(f"return #string.rep('x', {_LARGE})", 0)
-    grown = await _used(redis) - before
+    grown = await settled(redis) - before
     await redis.eval("collectgarbage() return 0", 0)
     return grown > _LARGE // 2
 
 
 async def _base(redis: Redis) -> tuple[int, int]:
     """Return what the server takes without data and clients, and what of it the interpreters of scripts do."""
-    used, memory = await _used(redis), await redis.info("memory")
+    used, memory = await settled(redis), await redis.info("memory")
     used -= int(memory.get("used_memory_scripts_eval", 0))
     if await redis.dbsize():
         used -= int((await budget.measure(redis)).families["bytes"].sum())

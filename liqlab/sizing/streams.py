@@ -13,7 +13,7 @@ import numpy as np
 
 from liqlab.clock import MINUTE_MS
 from liqlab.codecs import CODECS
-from liqlab.sealing import ENTRY, MOST_EACH, fitting
+from liqlab.sealing import ENTRY, fitting, least
 from liqlab.settings import Settings
 from liqlab.sizing.entries import Entries
 from liqlab.sizing.prepare import Prepared
@@ -171,7 +171,6 @@ def seal(
     times, rows = prepared.columns.ts_ms[which], prepared.rows
     limits = prepared.now_ms - 1000 * settings.retention.hot_s
     room = settings.writer.block_bytes - ENTRY
-    least = max(settings.writer.block_bytes // MOST_EACH, 1)
     size_of = _exact(prepared, settings, which) if exact else _sampled(prepared, settings, which)
     found: list[tuple[int, int, int, int]] = []
     next_ms, start = 0, 0
@@ -194,7 +193,7 @@ def seal(
             each = []
         if lost is not None:
             left = left[lost[left] > row]
-        while len(left) >= (1 if partial else least):
+        while len(left) >= (1 if partial else least(settings.writer.block_bytes, *each)):
             count, full = fitting(times[left], room, length, *each)
             if not full and not partial:
                 break

@@ -15,6 +15,7 @@ from liqlab.fidelity import Replayed, replay
 from liqlab.replay import Progress
 from liqlab.settings import Settings
 from liqlab.sizing import Calibration, Prepared, prepare
+from liqlab.sizing.calibrate import settled
 from liqlab.tuning.outcome import Outcome, evaluate
 
 
@@ -85,8 +86,8 @@ async def verify(
         prepared.columns.table(), redis, settings=settings, percentiles=asked, true=model.true, progress=progress
     )
     await redis.script_flush("SYNC")  # what its interpreters leave comes and goes
-    memory = await redis.info("memory")
-    used = int(memory["used_memory"]) - int(memory.get("mem_clients_normal", 0))
+    await redis.slowlog_reset()  # 1.5 KB of each command that a busy machine was slow with
+    used = await settled(redis)
 
     last, held = _cleaned(found)
     rows: dict[str, tuple[float, float]] = {"used_memory": (found.predicted.base_bytes + float(last.sum()), used)}
