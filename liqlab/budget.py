@@ -30,6 +30,8 @@ _PIPELINE: Final = 500
 _SAMPLES: Final = 1_000  # elements (or stream nodes) that MEMORY USAGE looks at in one key: bounds its pause
 _LENGTH: Final = {"stream": "XLEN", "hash": "HLEN", "zset": "ZCARD", "set": "SCARD", "list": "LLEN"}
 _SHARED_INTEGERS: Final = 10_000
+_DICTS: Final = (2_680, 280)  # structs of the tables of keys and of TTLs, Redis 8.2; what keys hold is counted there
+_HASHTABLE: Final = 208  # Valkey's
 _NUMBERS: Final = ("keys", "members", "bytes", "error_bytes")
 
 
@@ -205,7 +207,7 @@ async def _snapshot(redis: Redis) -> tuple[dict[str, Any], dict[str, Any]]:
     number = redis.connection_pool.connection_kwargs.get("db", 0)
     expires = sum(int(db["expires"]) for name, db in keyspace.items() if name == f"db{number}")
     tables = {str(name): value for name, value in stats.items()}
-    return tables.get(f"db.{number}", {}) | {"all": tables}, {**info, "expires": expires}
+    return tables.get(f"db.{number}", {}) | {"all": tables, "alone": len(keyspace) == 1}, {**info, "expires": expires}
 
 
 async def _scan(redis: Redis, limit: int, max_seconds: float) -> tuple[dict[str, _Tally], bool]:
@@ -274,7 +276,7 @@ class _Corrections:
     """What MEMORY USAGE leaves out or overstates, from the sources of each server.
 
     * Key tables (`dict.c`, `kvstore.c`; Valkey `hashtable.c`): every key has a slot, and one more when it has a TTL.
-      MEMORY STATS gives each table's bytes, though with formulas of its own that have to be undone.
+      MEMORY STATS gives each table's bytes, though by formulas that have to be undone, and with what any number needs.
     * Redis before 8.2 (`object.c`, 7.0): MEMORY USAGE adds a 24-byte dictEntry a key, and a dictEntry a member of a
       hash table; an allocator with 16-byte steps gives it 32. Small integers are shared objects and cost nothing.
     * Redis from 8.2: key and value are one object; a table keeps entries (16 bytes) only for keys that collide, which
@@ -284,24 +286,25 @@ class _Corrections:
     """
 
     def __init__(self, server: Capabilities, stats: dict[str, Any], keys: int, expires: int) -> None:
-        main = int(stats.get("overhead.hashtable.main", 0))
-        ttl = int(stats.get("overhead.hashtable.expires", 0))
+        main, ttl = (float(stats.get(f"overhead.hashtable.{name}", 0)) for name in ("main", "expires"))
         version = tuple(int(part) for part in server.version.split(".")[:2])
         self.valkey = server.kind == "valkey"
         self.merged = not self.valkey and version >= (8, 2)
         self.entry_slack = 8 if server.malloc_quantum == 16 and not self.valkey else 0
-        main_bytes: float
-        ttl_bytes: float
         if self.valkey:
-            main_bytes, ttl_bytes = main - 16 * keys, ttl
+            main, ttl = main - 16 * keys - _HASHTABLE, ttl - _HASHTABLE
         elif self.merged:
-            main_bytes = _sparse_table(main - 32 * keys, keys)
-            ttl_bytes = _sparse_table(ttl - 16 * expires, expires)
+            main, ttl = main - 32 * keys, ttl - 16 * expires
+            slots = stats["all"].get("overhead.db.hashtable.lut") if stats["alone"] else None
+            structs = main + ttl - float(slots) if slots else sum(_DICTS)  # of a cluster, as many as slots with keys
+            main, ttl = (
+                _sparse_table(table - structs * own / sum(_DICTS), count)
+                for table, own, count in zip((main, ttl), _DICTS, (keys, expires), strict=True)
+            )
         else:
-            main_bytes = main - (24 + 16) * keys + self.entry_slack * keys
-            ttl_bytes = ttl + self.entry_slack * expires
-        self.per_key = max(main_bytes, 0) / max(keys, 1)
-        self.per_ttl = max(ttl_bytes, 0) / max(expires, 1)
+            main, ttl = main - (40 - self.entry_slack) * keys, ttl + self.entry_slack * expires
+        self.per_key = max(main, 0) / max(keys, 1)
+        self.per_ttl = max(ttl, 0) / max(expires, 1)
 
     def size(self, kind: str, encoding: str, usage: int, detail: Any, has_ttl: bool) -> tuple[int, float]:
         """Return (members, bytes) of one key."""
@@ -324,13 +327,10 @@ class _Corrections:
         return members, size
 
 
-def _sparse_table(slots_and_more: int, keys: int) -> float:
-    """Bytes of a Redis >= 8.2 table: its slots (a power of two, 8 bytes each) and the entries of colliding keys."""
-    if slots_and_more < 32 or keys == 0:
-        return 0.0
-    slots = 1 << int(math.log2(slots_and_more / 8))
-    load = keys / slots
-    return slots * 8 + 16 * keys * (1 - (1 - math.exp(-load)) / load)
+def _sparse_table(slots_bytes: float, keys: int) -> float:
+    """Bytes of a Redis >= 8.2 table: its slots (8 bytes each) and the entries of colliding keys."""
+    load = 8 * keys / max(slots_bytes, 8)
+    return slots_bytes + 16 * keys * (1 - (1 - math.exp(-load)) / load) if keys else 0.0
 
 
 def _summary(

@@ -148,6 +148,20 @@ async def test_a_family_alone_is_what_used_memory_grew_by(load: str, fresh_serve
     assert grown > 300_000  # else the server's own small change would be measured
 
 
+async def test_few_keys_are_not_charged_with_what_any_number_needs(fresh_server: Callable[..., Server]) -> None:
+    """A table's own structs are there with its first key; what more keys add is theirs."""
+    server = fresh_server(maxmemory="240mb")
+    async with server.connect() as redis:
+        commands = vwaps()[:256]  # two a key
+        await load_alone(server, redis, commands[:8])
+        few = (await budget.measure(redis)).families.loc["vwap", "bytes"]
+        grown = await load_alone(server, redis, commands[8:])
+        measured = (await budget.measure(redis)).families.loc["vwap"]
+    assert measured["keys"] == 128
+    assert measured["bytes"] - few == pytest.approx(grown, rel=TOLERANCE)
+    assert few / 4 == pytest.approx(measured["bytes"] / 128, rel=0.2)  # both tables are full, but for Valkey's
+
+
 async def test_the_table_adds_up_to_the_byte(redis: Redis) -> None:
     await Writer(redis).write_table(sample(5_000))
     await redis.set("someone:else", "x" * 100)
