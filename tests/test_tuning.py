@@ -617,7 +617,20 @@ async def test_measured_stands_beside_predicted(fresh_server: Callable[..., Serv
     assert done.fits
     assert abs(done.table.loc["used_memory", "off_pct"]) < 5
     assert done.table.loc["events held"].tolist()[:2] == [len(events)] * 2
-    names = ("events", "blocks", "vwap", "sketch", "candle", "candle_5m", "candle_1h")
-    families = done.table.loc[[f"{name} bytes" for name in names]]
-    assert (families["off_pct"].abs() < 5).all(), families
+    families = done.table[done.table.index.str.endswith(" bytes")]
+    assert len(families) == 12
+    # Of a few small keys, what glibc leaves with a chunk is more than a few per cent.
+    assert (families["off_pct"].abs() < (10 if "valkey" in kind else 5)).all(), families
     assert done.as_dict()["evicted"] == 0
+
+
+async def test_signals_of_alerts_without_pause(fresh_server: Callable[..., Server]) -> None:
+    """More than a node of a stream holds, in the time that signals live for."""
+    events = liqlab.synth("normal", hours=8, symbols=6, rate_per_min=60, seed=3)
+    chosen = settings.load(detector={"min_usd": 1, "percentile": 60}, retention={"cooldown_s": 60})
+    async with fresh_server(settings=chosen).connect() as redis:
+        done = await verify(events, chosen, redis, calibration=await sizing.calibrate(redis))
+    assert done.table.loc["alerts", "measured"] > 1_000
+    assert done.table.loc["signal bytes", "measured"] > 6 * 2 * 4_096
+    assert abs(done.table.loc["signal bytes", "off_pct"]) < 10
+    assert abs(done.table.loc["cooldown bytes", "off_pct"]) < 30  # six keys, or five

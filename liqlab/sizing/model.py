@@ -19,7 +19,7 @@ from liqlab.sizing.buckets import sorted_sets
 from liqlab.sizing.events import events as events_of
 from liqlab.sizing.families import Family
 from liqlab.sizing.prepare import Prepared, prepare
-from liqlab.sizing.structures import Layout
+from liqlab.sizing.structures import Floats, Layout
 
 # What a batch of 5,000 events leaves to Lua's collector, and how much more or less it may be: measured on Redis 8.2.
 GARBAGE: Final = (400_000, 500_000)
@@ -86,6 +86,8 @@ class Predicted:
         How far `used_memory` may be off, about two standard deviations.
     held : pandas.DataFrame
         Events that are kept, hot and sealed; the same index.
+    key_bytes : array of float64
+        What the tables of keys and of TTLs take for one more key, at the same times.
     """
 
     families: pd.DataFrame
@@ -94,6 +96,7 @@ class Predicted:
     scripts_bytes: int
     error_bytes: int
     held: pd.DataFrame
+    key_bytes: Floats
 
     @property
     def data_bytes(self) -> int:
@@ -218,6 +221,7 @@ def predict(
         scripts_bytes=calibration.scripts_bytes,
         error_bytes=round(calibration.error * float(table["bytes"].sum())) + calibration.scripts_error + buffers,
         held=pd.DataFrame({name: values[last] for name, values in held.items()}, index),
+        key_bytes=(main + expires)[last],
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Final
 
 import numpy as np
@@ -14,13 +14,25 @@ from liqlab import clock, schema
 from liqlab.budget import human
 from liqlab.settings import Settings
 from liqlab.sizing import Calibration, Predicted, Prepared, predict
+from liqlab.sizing.entries import AROUND, Entries, head_of
 from liqlab.sizing.model import makers
 from liqlab.sizing.prepare import through
-from liqlab.sizing.structures import LEAF, PREALLOCATED, Floats, Ints, Layout
+from liqlab.sizing.streams import Run, pack
+from liqlab.sizing.structures import (
+    PREALLOCATED,
+    Floats,
+    Ints,
+    Layout,
+    digits,
+    listpack_int,
+    listpack_text,
+    radix_trees,
+)
 from liqlab.tuning.alerts import Quality, compared, quality, quality_key
 
-_MS_DIGITS: Final = 13  # of a time, which is what a cooldown's key holds
 _HOURS_SAID: Final = 48  # from which on history is said in days
+# Of a signal: the usual lengths of its texts.
+_SIGNAL: Final = {"side": 4, "exchange": 7, "price": 8, "notional": 11, "threshold": 17, "rank": 18, "volume": 17}
 
 
 @dataclass(frozen=True)
@@ -218,12 +230,14 @@ def evaluate(
     known = calibration or Calibration()
     found = predict(prepared, settings, known, cleaned=True)
     alerts = quality(prepared, settings, window_s)
-    node, retention = settings.server.stream_node_max_bytes, settings.retention
+    server = settings.server
+    kept = settings.retention.signal_s, server.stream_node_max_bytes, server.stream_node_max_entries
     raised = prepared.once(
-        ("raised", quality_key(settings, window_s), known.layout, node, retention.signal_s),
+        ("raised", quality_key(settings, window_s), known.layout, *kept),
         lambda: _raised(alerts.fidelity.found, found.families.index.to_numpy(), settings, known.layout),
     )
-    return Outcome(settings, found, alerts, len(times) / hours, raised)
+    sizes = {name: size + keys * found.key_bytes for name, (keys, size) in raised.items()}
+    return Outcome(settings, found, alerts, len(times) / hours, sizes)
 
 
 def in_common(
@@ -249,15 +263,36 @@ def in_common(
     return found | {key: (groups.get(name, ("others",)), make) for name, (key, make) in made.items()}
 
 
-def _raised(alerts: pd.DataFrame, rows: Ints, settings: Settings, layout: Layout) -> dict[str, Floats]:
-    """Return the bytes of signals and cooldowns at the end of each of `rows`, which begin at so many ms."""
-    retention, length = settings.retention, alerts["symbol"].str.len().to_numpy().astype(np.int64)
-    node = min(PREALLOCATED, settings.server.stream_node_max_bytes)
-    stream = layout.key(length + len("signal:")) + layout.stream + layout.alloc(node) + layout.alloc(LEAF)
-    again = alerts.groupby("symbol")["ts_ms"].shift(-1).fillna(np.inf).to_numpy()
-    times = alerts["ts_ms"].to_numpy()
-    string = layout.string(length + len("alert::sell"), _MS_DIGITS)
-    ends = np.append(rows[1:], rows[-1] + clock.MINUTE_MS)
-    until = np.minimum(times + 1000.0 * retention.signal_s, again)
-    born, gone, over = (ends.searchsorted(ms, "right") for ms in (times, until, times + 1000 * retention.cooldown_s))
-    return {"signal": through(len(rows), born, gone, stream), "cooldown": through(len(rows), born, over, string)}
+def _raised(alerts: pd.DataFrame, rows: Ints, settings: Settings, layout: Layout) -> dict[str, tuple[Floats, Floats]]:
+    """Return keys and bytes of signals and cooldowns in each of `rows`, which begin at so many ms."""
+    alerts = alerts.sort_values(["symbol", "ts_ms"], kind="stable", ignore_index=True)
+    symbols, times = alerts["symbol"].to_numpy(), alerts["ts_ms"].to_numpy()
+    length, row = alerts["symbol"].str.len().to_numpy().astype(np.int64), rows.searchsorted(times, "right") - 1
+    over = rows.searchsorted(times + 1000 * settings.retention.cooldown_s)
+    there = partial(through, len(rows))
+    string = layout.key(length + len("alert::sell"))  # an integer lies in the object itself
+    found = {"cooldown": (there(row, over), there(row, over, string))}
+    if not len(alerts):
+        return found | {"signal": found["cooldown"]}
+
+    ttl_ms, server = 1000 * settings.retention.signal_s, settings.server
+    new = np.append(True, (symbols[1:] != symbols[:-1]) | (np.diff(times) > ttl_ms))
+    life, heads = np.cumsum(new) - 1, np.flatnonzero(new)
+    last = np.append(heads[1:], len(times)) - 1
+    born, over = row[heads], rows.searchsorted(times[last] + ttl_ms)
+    keys, size = there(born, over), there(born, over, layout.key(length[heads] + len("signal:")) + layout.stream)
+
+    each = listpack_int(times) + int(listpack_text(list(_SIGNAL.values())).sum()) + AROUND
+    text = digits(times) + sum(_SIGNAL.values()) + sum(map(len, ("ts_ms", *_SIGNAL)))
+    run = Run(times, np.zeros_like(times), Entries(each, text, head_of(("ts_ms", *_SIGNAL))))
+    nodes = pack(run, heads, server.stream_node_max_bytes, server.stream_node_max_entries)
+    of, since, span = life[nodes.start], times - times.min(), int(np.ptp(times)) + ttl_ms + 2
+    # A node goes with the first alert that finds all of it too old, or with its stream.
+    after = (life * span + since).searchsorted(of * span + since[nodes.stop - 1] + ttl_ms, "right")
+    born, gone = row[nodes.start], np.where(after <= last[of], row[np.minimum(after, len(row) - 1)], over[of])
+    closed = np.minimum(np.append(np.where(of[1:] == of[:-1], born[1:], gone[:-1]), gone[-1:]), gone)
+    growing = layout.alloc(np.maximum(nodes.size, min(PREALLOCATED, server.stream_node_max_bytes)))
+    some = np.flatnonzero(gone >= gone.max())  # of one time: they say what a node's part of the tree is
+    tree = radix_trees(of[some], times[nodes.start[some]], np.zeros_like(some), layout) / len(some)
+    size += there(born, closed, growing) + there(closed, gone, layout.alloc(nodes.size)) + there(born, gone) * tree
+    return found | {"signal": (keys, size)}
