@@ -619,8 +619,9 @@ async def test_measured_stands_beside_predicted(fresh_server: Callable[..., Serv
     assert done.table.loc["events held"].tolist()[:2] == [len(events)] * 2
     families = done.table[done.table.index.str.endswith(" bytes")]
     assert len(families) == 12
-    # Of a few small keys, what glibc leaves with a chunk is more than a few per cent.
-    assert (families["off_pct"].abs() < (10 if "valkey" in kind else 5)).all(), families
+    assert (families["off_pct"].abs().drop("cooldown bytes") < 5).all(), families
+    # Of eleven small keys, what glibc leaves with a chunk can be more.
+    assert abs(families.loc["cooldown bytes", "off_pct"]) < (10 if "valkey" in kind else 5)
     assert done.as_dict()["evicted"] == 0
 
 
