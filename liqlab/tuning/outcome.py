@@ -266,25 +266,29 @@ def in_common(
 def _raised(alerts: pd.DataFrame, rows: Ints, settings: Settings, layout: Layout) -> dict[str, tuple[Floats, Floats]]:
     """Return keys and bytes of signals and cooldowns in each of `rows`, which begin at so many ms."""
     alerts = alerts.sort_values(["symbol", "ts_ms"], kind="stable", ignore_index=True)
-    symbols, times = alerts["symbol"].to_numpy(), alerts["ts_ms"].to_numpy()
-    length, row = alerts["symbol"].str.len().to_numpy().astype(np.int64), rows.searchsorted(times, "right") - 1
-    over = rows.searchsorted(times + 1000 * settings.retention.cooldown_s)
-    there = partial(through, len(rows))
+    times = alerts["ts_ms"].to_numpy()
+    row, over = rows.searchsorted(times, "right") - 1, rows.searchsorted(times + 1000 * settings.retention.cooldown_s)
+    length = alerts["symbol"].str.len().to_numpy().astype(np.int64)
     string = layout.key(length + len("alert::sell"))  # an integer lies in the object itself
-    found = {"cooldown": (there(row, over), there(row, over, string))}
-    if not len(alerts):
-        return found | {"signal": found["cooldown"]}
+    cooldowns = through(len(rows), row, over), through(len(rows), row, over, string)
+    signals = _signals(alerts, row, rows, settings, layout) if len(alerts) else cooldowns
+    return {"signal": signals, "cooldown": cooldowns}
 
-    ttl_ms, server = 1000 * settings.retention.signal_s, settings.server
+
+def _signals(alerts: pd.DataFrame, row: Ints, rows: Ints, settings: Settings, layout: Layout) -> tuple[Floats, Floats]:
+    """Follow the detector's streams, of one symbol each: `row` has the row in which each alert is raised."""
+    symbols, times, there = alerts["symbol"].to_numpy(), alerts["ts_ms"].to_numpy(), partial(through, len(rows))
+    ttl_ms, server, fields = 1000 * settings.retention.signal_s, settings.server, ("ts_ms", *_SIGNAL)
     new = np.append(True, (symbols[1:] != symbols[:-1]) | (np.diff(times) > ttl_ms))
     life, heads = np.cumsum(new) - 1, np.flatnonzero(new)
     last = np.append(heads[1:], len(times)) - 1
     born, over = row[heads], rows.searchsorted(times[last] + ttl_ms)
-    keys, size = there(born, over), there(born, over, layout.key(length[heads] + len("signal:")) + layout.stream)
+    length = np.array([len("signal:") + len(symbol) for symbol in symbols[heads]])
+    keys, size = there(born, over), there(born, over, layout.key(length) + layout.stream)
 
     each = listpack_int(times) + int(listpack_text(list(_SIGNAL.values())).sum()) + AROUND
-    text = digits(times) + sum(_SIGNAL.values()) + sum(map(len, ("ts_ms", *_SIGNAL)))
-    run = Run(times, np.zeros_like(times), Entries(each, text, head_of(("ts_ms", *_SIGNAL))))
+    text = digits(times) + sum(_SIGNAL.values()) + sum(map(len, fields))
+    run = Run(times, np.zeros_like(times), Entries(each, text, head_of(fields)))
     nodes = pack(run, heads, server.stream_node_max_bytes, server.stream_node_max_entries)
     of, since, span = life[nodes.start], times - times.min(), int(np.ptp(times)) + ttl_ms + 2
     # A node goes with the first alert that finds all of it too old, or with its stream.
@@ -295,4 +299,4 @@ def _raised(alerts: pd.DataFrame, rows: Ints, settings: Settings, layout: Layout
     some = np.flatnonzero(gone >= gone.max())  # of one time: they say what a node's part of the tree is
     tree = radix_trees(of[some], times[nodes.start[some]], np.zeros_like(some), layout) / len(some)
     size += there(born, closed, growing) + there(closed, gone, layout.alloc(nodes.size)) + there(born, gone) * tree
-    return found | {"signal": (keys, size)}
+    return keys, size
