@@ -346,7 +346,7 @@ def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     for section, fields in sections.items():
         model = getattr(settings, section) if section else settings
         try:
-            whole = type(model).model_validate({**dict(model), **fields})
+            whole = type(model).model_validate({**vars(model), **fields})
         except ValidationError as error:
             items = [{**item, "loc": (*filter(None, [section]), *item["loc"])} for item in error.errors()]
             raise SettingsError("\n".join(_problem(item) for item in items)) from None

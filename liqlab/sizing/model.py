@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -19,7 +20,7 @@ from liqlab.sizing.buckets import sorted_sets
 from liqlab.sizing.events import events as events_of
 from liqlab.sizing.families import Family
 from liqlab.sizing.prepare import Prepared, prepare
-from liqlab.sizing.structures import Floats, Layout
+from liqlab.sizing.structures import Floats, Ints, Layout
 
 # What a batch of 5,000 events leaves to Lua's collector, and how much more or less it may be: measured on Redis 8.2.
 GARBAGE: Final = (400_000, 500_000)
@@ -73,35 +74,57 @@ class Predicted:
 
     Attributes
     ----------
-    families : pandas.DataFrame
-        Index `ts_ms`, the beginning of each event-minute (or hour, or day); a column a family, its bytes when all
-        events of it were written, sealed and expired.
-    table : pandas.DataFrame
-        At the end. Index: family. Columns: keys, members, bytes.
+    ts_ms : array of int64, shape (m,)
+        The beginning of each event-minute (or hour, or day).
+    sizes : dict of str to array of float64, shape (m,)
+        Bytes of every family when all events of it were written, sealed and expired.
+    events : dict of str to array of float64, shape (m,)
+        Events that are kept: ``hot`` and ``sealed``.
+    ends : dict of str to tuple of int
+        Keys, members and bytes of each family that has keys at the end.
     base_bytes : int
         The server without data, and without what its scripts need.
     scripts_bytes : int
         What the scripts' interpreter is likely to need on top.
     error_bytes : int
         How far `used_memory` may be off, about two standard deviations.
-    held : pandas.DataFrame
-        Events that are kept, hot and sealed; the same index.
-    key_bytes : array of float64
-        What the tables of keys and of TTLs take for one more key, at the same times.
+    key_bytes : array of float64, shape (m,)
+        What the tables of keys and of TTLs take for one more key.
     """
 
-    families: pd.DataFrame
-    table: pd.DataFrame
+    ts_ms: Ints
+    sizes: dict[str, Floats]
+    events: dict[str, Floats]
+    ends: dict[str, tuple[int, int, int]]
     base_bytes: int
     scripts_bytes: int
     error_bytes: int
-    held: pd.DataFrame
     key_bytes: Floats
+
+    @cached_property
+    def families(self) -> pd.DataFrame:
+        """`sizes` as a table: index `ts_ms`, a column a family."""
+        return pd.DataFrame(self.sizes, self._index)
+
+    @cached_property
+    def held(self) -> pd.DataFrame:
+        """`events` as a table: index `ts_ms`, columns hot and sealed."""
+        return pd.DataFrame(self.events, self._index)
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """`ends` as a table: index family; columns keys, members, bytes."""
+        index = pd.Index(list(self.ends), name="family", dtype=object)
+        return pd.DataFrame(list(self.ends.values()), index, ["keys", "members", "bytes"])
+
+    @property
+    def _index(self) -> pd.Index[int]:
+        return pd.Index(self.ts_ms, name="ts_ms")
 
     @property
     def data_bytes(self) -> int:
         """Bytes of all keys, at the end."""
-        return int(self.table["bytes"].sum())
+        return sum(size for _, _, size in self.ends.values())
 
     @property
     def used_memory(self) -> int:
@@ -121,7 +144,7 @@ class Predicted:
     @property
     def events_kept(self) -> int:
         """Events held at the end, hot and sealed."""
-        return int(self.held.iloc[-1].sum())
+        return int(sum(count[-1] for count in self.events.values()))
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers and text, for JSON, of the end."""
@@ -204,23 +227,20 @@ def predict(
         for name, part in parts.items()
     }
     last = np.append(np.flatnonzero(np.diff(prepared.start_ms // _STEPS[step])), rows - 1)
-    index = pd.Index(prepared.start_ms[last] // _STEPS[step] * _STEPS[step], name="ts_ms")
-    there = [name for name, keys in count.items() if keys[-1] > 0]
-    table = pd.DataFrame(
-        {
-            "keys": [int(count[name][-1]) for name in there],
-            "members": [parts[name].members for name in there],
-            "bytes": [round(sizes[name][-1]) for name in there],
-        },
-        index=pd.Index(there, name="family", dtype=object),
-    )
+    ends = {
+        name: (int(keys[-1]), parts[name].members, round(sizes[name][-1]))
+        for name, keys in count.items()
+        if keys[-1] > 0
+    }
+    data_bytes = sum(size for _, _, size in ends.values())
     return Predicted(
-        families=pd.DataFrame({name: size[last] for name, size in sizes.items()}, index),
-        table=table,
+        ts_ms=prepared.start_ms[last] // _STEPS[step] * _STEPS[step],
+        sizes={name: size[last] for name, size in sizes.items()},
+        events={name: values[last] for name, values in held.items()},
+        ends=ends,
         base_bytes=calibration.base_bytes + calibration.tables_bytes + buffers,
         scripts_bytes=calibration.scripts_bytes,
-        error_bytes=round(calibration.error * float(table["bytes"].sum())) + calibration.scripts_error + buffers,
-        held=pd.DataFrame({name: values[last] for name, values in held.items()}, index),
+        error_bytes=round(calibration.error * data_bytes) + calibration.scripts_error + buffers,
         key_bytes=(main + expires)[last],
     )
 

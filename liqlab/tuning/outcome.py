@@ -63,47 +63,57 @@ class Outcome:
         """Bytes that the server may use."""
         return self.settings.server.maxmemory
 
-    @cached_property
+    @property
     def families(self) -> pd.DataFrame:
         """`predicted.families`, and what is `raised`."""
         return self.predicted.families.assign(**self.raised)
 
     @cached_property
+    def _most(self) -> dict[str, float]:
+        """Bytes of each share, the most at any time."""
+        predicted, shares = self.predicted, self.settings.budget.model_dump()
+        through: dict[str, Any] = dict.fromkeys(shares, 0.0)
+        for name, size in [*predicted.sizes.items(), *self.raised.items()]:
+            share = schema.BY_NAME[name].share
+            through[share] = through[share] + size
+        through["buffer"] = predicted.base_bytes + predicted.scripts_bytes
+        return {share: float(np.max(size)) for share, size in through.items()}
+
+    @cached_property
+    def _headroom_pct(self) -> dict[str, float]:
+        """What is left of each share's budget, per cent of it."""
+        found = {}
+        for share, part in self.settings.budget.model_dump().items():
+            room, most = part * self.maxmemory, self._most[share]
+            # Of a share that has no budget nothing is left, and whatever lies in it is too much.
+            found[share] = 100 * (1 - most / room) if room > 0 else -100.0 if most else 0.0
+        return found
+
+    @property
     def shares(self) -> pd.DataFrame:
         """Index: the six shares. Columns: budget_bytes; bytes, the most at any time; headroom_pct, what is left of it.
 
         Streams come to their budget sooner or later, and cleanup keeps them there: their headroom is what is still free
         at the end of the feed.
         """
-        predicted, budget = self.predicted, self.settings.budget.model_dump()
-        through: dict[str, Any] = dict.fromkeys(budget, 0.0)
-        whole = predicted.families
-        for name, size in [*zip(whole.columns, whole.to_numpy().T, strict=True), *self.raised.items()]:
-            share = schema.BY_NAME[str(name)].share
-            through[share] = through[share] + size
-        through["buffer"] = predicted.base_bytes + predicted.scripts_bytes
-        room = np.array(list(budget.values())) * self.maxmemory
-        most = np.array([float(np.max(size)) for size in through.values()])
-        # Of a share that has no budget nothing is left, and whatever lies in it is too much.
-        left = np.where(room > 0, 100 * (1 - most / np.where(room > 0, room, 1)), np.where(most > 0, -100.0, 0.0))
-        return pd.DataFrame(
-            {"budget_bytes": room, "bytes": most, "headroom_pct": left}, index=pd.Index(list(budget), name="share")
-        )
+        room = {share: part * self.maxmemory for share, part in self.settings.budget.model_dump().items()}
+        columns = {"budget_bytes": room, "bytes": self._most, "headroom_pct": self._headroom_pct}
+        return pd.DataFrame(columns).rename_axis("share")
 
     @cached_property
     def event_bytes(self) -> float:
         """Bytes that one more event takes of the streams: sealed, where blocks are sealed, else hot."""
-        hot, sealed = (self.predicted.held[name].to_numpy()[-1] for name in ("hot", "sealed"))
+        hot, sealed = (self.predicted.events[name][-1] for name in ("hot", "sealed"))
         name, count = ("blocks", sealed) if sealed else ("events", max(hot, 1))
-        return float(self.predicted.families[name].to_numpy()[-1] / count)
+        return float(self.predicted.sizes[name][-1] / count)
 
     @cached_property
     def history_h(self) -> float:
         """Hours of this feed that the streams hold within their budget, cleanup removing what is older."""
         room = self.settings.budget.streams * self.maxmemory
-        hot = float(self.predicted.families["events"].to_numpy().max())
-        held = float(self.predicted.held["hot"].to_numpy().max())
-        if hot > room or not self.predicted.held["sealed"].to_numpy()[-1]:
+        hot = float(self.predicted.sizes["events"].max())
+        held = float(self.predicted.events["hot"].max())
+        if hot > room or not self.predicted.events["sealed"][-1]:
             events = room / max(self.event_bytes, 1e-9) if hot <= room else held * room / hot
         else:
             events = held + (room - hot) / self.event_bytes
@@ -120,15 +130,13 @@ class Outcome:
 
         They are full when they have come to their budget, or their oldest events to `retention.events_s`.
         """
-        held = float(self.predicted.held.to_numpy()[-1].sum())
-        grown = max(self.history_h * self.rate_per_h - held, 0) * self.event_bytes
+        grown = max(self.history_h * self.rate_per_h - self.predicted.events_kept, 0) * self.event_bytes
         return self._used_bytes(grown) + self.predicted.error_bytes
 
     def _used_bytes(self, grown: float) -> int:
         """Return `used_memory` where the streams are so many bytes larger, as far as their budget lets them."""
-        size: dict[Any, float] = self.shares["bytes"].to_dict()
-        streams = min(size["streams"] + grown, self.settings.budget.streams * self.maxmemory)
-        return round(sum(size.values()) - size["streams"] + streams)
+        full = min(self._most["streams"] + grown, self.settings.budget.streams * self.maxmemory)
+        return round(sum(self._most.values()) - self._most["streams"] + full)
 
     @property
     def limit_bytes(self) -> int:
@@ -138,8 +146,7 @@ class Outcome:
     @cached_property
     def _left(self) -> dict[str, float]:
         """What each share has left, but for the streams."""
-        left: dict[Any, float] = self.shares["headroom_pct"].to_dict()
-        return {name: percent for name, percent in left.items() if name != "streams"}
+        return {name: percent for name, percent in self._headroom_pct.items() if name != "streams"}
 
     @property
     def binds(self) -> str:
@@ -184,11 +191,11 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as plain numbers and text, a row of a sweep; what is not known is None."""
-        shares, error, (precision, recall) = self.shares, self.quality.error_pct, self.quality.shares
+        error, (precision, recall) = self.quality.error_pct, self.quality.shares
         return {
             "used_bytes": self.used_bytes,
             "full_bytes": self.full_bytes,
-            **{f"{name}_bytes": round(size) for name, size in shares["bytes"].items()},
+            **{f"{name}_bytes": round(size) for name, size in self._most.items()},
             "event_bytes": self.event_bytes,
             "history_h": self.history_h,
             "threshold_error_pct": None if np.isnan(error) else error,
@@ -234,7 +241,7 @@ def evaluate(
     kept = settings.retention.signal_s, server.stream_node_max_bytes, server.stream_node_max_entries
     raised = prepared.once(
         ("raised", quality_key(settings, window_s), known.layout, *kept),
-        lambda: _raised(alerts.fidelity.found, found.families.index.to_numpy(), settings, known.layout),
+        lambda: _raised(alerts.fidelity.found, found.ts_ms, settings, known.layout),
     )
     sizes = {name: size + keys * found.key_bytes for name, (keys, size) in raised.items()}
     return Outcome(settings, found, alerts, len(times) / hours, sizes)

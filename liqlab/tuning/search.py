@@ -228,12 +228,15 @@ def local_cluster(workers: int) -> Any:
 
     lib: Any = distributed  # it has no types
     # Dask lets its workers give memory back to the system at once, and get it again for the next array: half as fast.
-    # Its profiler, and how often it looks at the machine, take a tenth of two cores; nobody looks at what they find.
+    # Its profiler, and how often it looks at the machine and at its own event loops, take a seventh of two cores;
+    # nobody looks at what they find. And it drops all copies but one of a feed that every worker is about to read.
     dear = {
         "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
         "distributed.worker.profile.enabled": False,
         "distributed.worker.memory.monitor-interval": "1s",
         "distributed.admin.system-monitor.interval": "10s",
+        "distributed.admin.tick.interval": "1s",
+        "distributed.scheduler.active-memory-manager.start": False,
     }
     with dask.config.set(dear):
         # Errors of tasks are raised where results are taken; a worker's last words as it is stopped are of no use.
