@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -38,22 +37,17 @@ class Quality:
         How far each was off, per cent; NaN where there is none in exact history.
     fidelity : Fidelity
         The alerts.
+    error_pct : float
+        How far a threshold is off, per cent, in 95 of 100 cases; NaN where none was asked for.
+    shares : tuple of float or None
+        Precision and recall of the alerts.
     """
 
     times: Ints
     errors: Floats
     fidelity: Fidelity
-
-    @cached_property
-    def error_pct(self) -> float:
-        """How far a threshold is off, per cent, in 95 of 100 cases; NaN where none was asked for."""
-        known = np.abs(self.errors[np.isfinite(self.errors)])
-        return float(np.percentile(known, _CERTAIN, method="inverted_cdf")) if len(known) else float("nan")
-
-    @cached_property
-    def shares(self) -> tuple[float | None, float | None]:
-        """Precision and recall of the alerts."""
-        return self.fidelity.precision, self.fidelity.recall
+    error_pct: float
+    shares: tuple[float | None, float | None]
 
     def through_time(self, step_ms: int = 3_600_000) -> pd.DataFrame:
         """Return of each step of time ts_ms, and the median and the 95th percentile of the errors' sizes, per cent."""
@@ -90,7 +84,9 @@ def compared(prepared: Prepared, settings: Settings, window_s: int) -> Quality:
     errors[np.isinf(errors)] = 100.0  # no threshold where there should be one
     true_alerts = prepared.once(("true alerts", detector, window_s, cooldown_s), lambda: asked.alerts(true, settings))
     alerts = compare(asked.alerts(found, settings), true_alerts, within_s=cooldown_s)
-    return Quality(asked.end_ms, errors, alerts)
+    off = np.abs(errors[known])
+    error_pct = float(np.percentile(off, _CERTAIN, method="inverted_cdf")) if len(off) else float("nan")
+    return Quality(asked.end_ms, errors, alerts, error_pct, (alerts.precision, alerts.recall))
 
 
 def quality_key(settings: Settings, window_s: int) -> tuple[Hashable, ...]:

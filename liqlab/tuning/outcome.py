@@ -237,12 +237,7 @@ def evaluate(
     known = calibration or Calibration()
     found = predict(prepared, settings, known, cleaned=True)
     alerts = quality(prepared, settings, window_s)
-    server = settings.server
-    kept = settings.retention.signal_s, server.stream_node_max_bytes, server.stream_node_max_entries
-    raised = prepared.once(
-        ("raised", quality_key(settings, window_s), known.layout, *kept),
-        lambda: _raised(alerts.fidelity.found, found.ts_ms, settings, known.layout),
-    )
+    raised = prepared.once(*_raising(prepared, settings, known.layout, window_s))
     sizes = {name: size + keys * found.key_bytes for name, (keys, size) in raised.items()}
     return Outcome(settings, found, alerts, len(times) / hours, sizes)
 
@@ -254,20 +249,32 @@ def in_common(
 
     Of each, a group within which much is done once, and what makes it.
     """
-    bucket_s = settings.retention.percentile_bucket_s
-    made = makers(prepared, settings, (calibration or Calibration()).layout, cleaned=True)
+    bucket_s, layout = settings.retention.percentile_bucket_s, (calibration or Calibration()).layout
     groups: dict[str, tuple[Hashable, ...]] = {
         "events": ("events",),
         "sketch": ("percentile", bucket_s),
         "percentile": ("percentile", bucket_s),
     }
+    answers = ("quality", settings.detector.method)
+    key, make = _raising(prepared, settings, layout, window_s)
     found: dict[Hashable, tuple[tuple[Hashable, ...], Callable[[], Any]]] = {
-        quality_key(settings, window_s): (
-            ("quality", settings.detector.method),
-            lambda: compared(prepared, settings, window_s),
-        )
+        quality_key(settings, window_s): (answers, lambda: compared(prepared, settings, window_s)),
+        key: (answers, make),
     }
+    made = makers(prepared, settings, layout, cleaned=True)
     return found | {key: (groups.get(name, ("others",)), make) for name, (key, make) in made.items()}
+
+
+def _raising(
+    prepared: Prepared, settings: Settings, layout: Layout, window_s: int
+) -> tuple[Hashable, Callable[[], dict[str, tuple[Floats, Floats]]]]:
+    """Return what signals and cooldowns depend on, and what makes them."""
+    kept = settings.retention.signal_s, settings.server.stream_node_max_bytes, settings.server.stream_node_max_entries
+
+    def made() -> dict[str, tuple[Floats, Floats]]:
+        return _raised(quality(prepared, settings, window_s).fidelity.found, prepared.start_ms, settings, layout)
+
+    return ("raised", quality_key(settings, window_s), layout, *kept), made
 
 
 def _raised(alerts: pd.DataFrame, rows: Ints, settings: Settings, layout: Layout) -> dict[str, tuple[Floats, Floats]]:
