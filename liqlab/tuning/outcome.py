@@ -69,10 +69,15 @@ class Outcome:
         return self.predicted.families.assign(**self.raised)
 
     @cached_property
+    def _room(self) -> dict[str, float]:
+        """Bytes of each share's budget."""
+        return {share: part * self.maxmemory for share, part in self.settings.budget.model_dump().items()}
+
+    @cached_property
     def _most(self) -> dict[str, float]:
         """Bytes of each share, the most at any time."""
-        predicted, shares = self.predicted, self.settings.budget.model_dump()
-        through: dict[str, Any] = dict.fromkeys(shares, 0.0)
+        predicted = self.predicted
+        through: dict[str, Any] = dict.fromkeys(self._room, 0.0)
         for name, size in [*predicted.sizes.items(), *self.raised.items()]:
             share = schema.BY_NAME[name].share
             through[share] = through[share] + size
@@ -83,8 +88,8 @@ class Outcome:
     def _headroom_pct(self) -> dict[str, float]:
         """What is left of each share's budget, per cent of it."""
         found = {}
-        for share, part in self.settings.budget.model_dump().items():
-            room, most = part * self.maxmemory, self._most[share]
+        for share, room in self._room.items():
+            most = self._most[share]
             # Of a share that has no budget nothing is left, and whatever lies in it is too much.
             found[share] = 100 * (1 - most / room) if room > 0 else -100.0 if most else 0.0
         return found
@@ -96,8 +101,7 @@ class Outcome:
         Streams come to their budget sooner or later, and cleanup keeps them there: their headroom is what is still free
         at the end of the feed.
         """
-        room = {share: part * self.maxmemory for share, part in self.settings.budget.model_dump().items()}
-        columns = {"budget_bytes": room, "bytes": self._most, "headroom_pct": self._headroom_pct}
+        columns = {"budget_bytes": self._room, "bytes": self._most, "headroom_pct": self._headroom_pct}
         return pd.DataFrame(columns).rename_axis("share")
 
     @cached_property
@@ -110,7 +114,7 @@ class Outcome:
     @cached_property
     def history_h(self) -> float:
         """Hours of this feed that the streams hold within their budget, cleanup removing what is older."""
-        room = self.settings.budget.streams * self.maxmemory
+        room = self._room["streams"]
         hot = float(self.predicted.sizes["events"].max())
         held = float(self.predicted.events["hot"].max())
         if hot > room or not self.predicted.events["sealed"][-1]:
@@ -135,7 +139,7 @@ class Outcome:
 
     def _used_bytes(self, grown: float) -> int:
         """Return `used_memory` where the streams are so many bytes larger, as far as their budget lets them."""
-        full = min(self._most["streams"] + grown, self.settings.budget.streams * self.maxmemory)
+        full = min(self._most["streams"] + grown, self._room["streams"])
         return round(sum(self._most.values()) - self._most["streams"] + full)
 
     @property
