@@ -159,6 +159,7 @@ def _packed(
         cells += [ttl[name], keys.added(names_of), words]
     codes, buckets, words = whole.sketches.cut(first, last)
     kept = -(-settings.retention.percentile_window_s // settings.retention.percentile_bucket_s)
+    came = np.argsort(whole.place[whole.starts[first:last]])  # the room of a HyperLogLog depends on the order
     argument = msgpack.packb(
         [
             seq,
@@ -169,7 +170,7 @@ def _packed(
             [ttl["vwap"], *vwaps],
             [settings.writer.candles, *cells],
             [ttl["sketch"], kept, [keys(sketches[code]) for code in codes], buckets, words],
-            [ttl["unique_symbols"], unique, present],
+            [ttl["unique_symbols"], unique, [present[code] for code in came.tolist()]],
         ],
         use_bin_type=False,  # cmsgpack does not know msgpack's type for bytes
     )

@@ -26,6 +26,7 @@ from liqlab.sizing.structures import (
     radix_trees,
     sds,
 )
+from liqlab.writer import Writer
 from tests.conftest import BINARIES
 from tests.test_budget import quiet_memory
 
@@ -232,6 +233,19 @@ async def test_quiet_symbols(kind: str, fresh_server: Callable[..., Server]) -> 
     predicted = sizing.predict(events, chosen, await calibration(kind), exact=True)
     assert predicted.events_kept == done.held
     assert predicted.base_bytes + predicted.data_bytes == pytest.approx(used, rel=TOTAL)
+
+
+async def test_a_hyperloglog_has_the_same_room_however_events_are_batched(default_redis: Redis) -> None:
+    events = liqlab.synth("normal", hours=0.9, symbols=400, seed=4)
+    predicted, sizes = sizing.predict(events), set()
+    for rows in (50, 1_000, len(events)):
+        await default_redis.flushall()
+        async with Writer(default_redis) as writer:
+            for start in range(0, len(events), rows):
+                await writer.write_table(events.iloc[start : start + rows].reset_index(drop=True))
+        sizes.add((await budget.measure(default_redis)).families.loc["unique_symbols", "bytes"])
+    assert max(sizes) > 900
+    assert all(predicted.table.loc["unique_symbols", "bytes"] == pytest.approx(size, rel=0.02) for size in sizes)
 
 
 @pytest.mark.parametrize("layout", ["shared", "hybrid"])

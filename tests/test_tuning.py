@@ -619,9 +619,11 @@ async def test_measured_stands_beside_predicted(fresh_server: Callable[..., Serv
     assert done.table.loc["events held"].tolist()[:2] == [len(events)] * 2
     families = done.table[done.table.index.str.endswith(" bytes")]
     assert len(families) == 12
-    assert (families["off_pct"].abs().drop("cooldown bytes") < 5).all(), families
-    # Of eleven small keys, what glibc leaves with a chunk can be more.
-    assert abs(families.loc["cooldown bytes", "off_pct"]) < (10 if "valkey" in kind else 5)
+    # glibc leaves up to 16 bytes with a chunk. Of eleven small keys that is more; and a HyperLogLog, which grows to
+    # twice the room that it has, then ends with 32 or 48 bytes more, of 340.
+    few = {"cooldown bytes": 10, "unique_symbols bytes": 15} if "valkey" in kind else {}
+    bounds = pd.Series(few).reindex(families.index, fill_value=5)
+    assert (families["off_pct"].abs() < bounds).all(), families
     assert done.as_dict()["evicted"] == 0
 
 

@@ -188,12 +188,13 @@ def unique_symbols(prepared: Prepared, settings: Settings, layout: Layout) -> Fa
     registers = prepared.once("registers", lambda: [_register(name.encode()) for name in prepared.columns.symbols])
     for shard in prepared.present(settings.shards):
         mine = np.flatnonzero(whose == shard)
-        mine = mine[np.lexsort((prepared.symbol[mine], prepared.minute_row[mine]))]
+        mine = mine[np.argsort(prepared.order[prepared.first[mine]])]  # as the names come in
         row, symbol = prepared.minute_row[mine], prepared.symbol[mine]
+        first_ms = prepared.columns.ts_ms[prepared.order[prepared.first[mine]]]
         start = 0
         while start < len(row):
             begun = int(row[start])
-            over = int(prepared.row_at(prepared.last_ms[mine[start : start + 1]] + 1000 * ttl_s)[0])
+            over = int(prepared.row_at(first_ms[start : start + 1] + 1000 * ttl_s)[0])
             end = int(np.searchsorted(row, max(over, begun + 1)))
             new = np.sort(np.unique(symbol[start:end], return_index=True)[1])
             sizes = layout.key(length) + _sparse([registers[code] for code in symbol[start:end][new].tolist()], layout)
