@@ -448,9 +448,9 @@ def test_what_settings_share_is_worked_out_once_whatever_is_left_of_it(monkeypat
     pd.testing.assert_frame_equal(sweep(again, SPACE), tried)
     parts = {at: [{"retention.hot_s": 60 + at, "retention.vwap_s": 60 + at}] for at in range(9)}
     rounds = list(_rounds(again, settings.load(), None, parts))
-    assert [at for taken, _ in rounds for at in taken] == list(range(9))
+    assert [one.args[2] for _, taken in rounds for one in taken] == list(range(9))
     assert 1 < len(rounds) < 9
-    assert all(sum(map(len, groups)) <= 14 for _, groups in rounds)
+    assert all(sum(len(one.args[2]) for one in groups) <= 14 for groups, _ in rounds)
 
 
 def test_a_sweep_refuses_what_is_no_setting() -> None:

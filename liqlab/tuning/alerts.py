@@ -39,15 +39,12 @@ class Quality:
         The alerts.
     error_pct : float
         How far a threshold is off, per cent, in 95 of 100 cases; NaN where none was asked for.
-    shares : tuple of float or None
-        Precision and recall of the alerts.
     """
 
     times: Ints
     errors: Floats
     fidelity: Fidelity
     error_pct: float
-    shares: tuple[float | None, float | None]
 
     def through_time(self, step_ms: int = 3_600_000) -> pd.DataFrame:
         """Return of each step of time ts_ms, and the median and the 95th percentile of the errors' sizes, per cent."""
@@ -69,10 +66,10 @@ def quality(prepared: Prepared, settings: Settings, window_s: int) -> Quality:
     window_s : int
         Of which trailing window thresholds should be; exact history has it whole, and every value of it.
     """
-    return prepared.once(quality_key(settings, window_s), lambda: compared(prepared, settings, window_s))
+    return prepared.once(quality_key(settings, window_s), lambda: _compared(prepared, settings, window_s))
 
 
-def compared(prepared: Prepared, settings: Settings, window_s: int) -> Quality:
+def _compared(prepared: Prepared, settings: Settings, window_s: int) -> Quality:
     """Return what `quality` remembers."""
     detector, cooldown_s = _asks(settings), settings.retention.cooldown_s
     asked = prepared.once(("asked", detector), lambda: _Asked(prepared, settings), large=True)
@@ -86,15 +83,15 @@ def compared(prepared: Prepared, settings: Settings, window_s: int) -> Quality:
     alerts = compare(asked.alerts(found, settings), true_alerts, within_s=cooldown_s)
     off = np.abs(errors[known])
     error_pct = float(np.percentile(off, _CERTAIN, method="inverted_cdf")) if len(off) else float("nan")
-    return Quality(asked.end_ms, errors, alerts, error_pct, (alerts.precision, alerts.recall))
+    return Quality(asked.end_ms, errors, alerts, error_pct)
 
 
 def quality_key(settings: Settings, window_s: int) -> tuple[Hashable, ...]:
-    """Return what `quality` depends on, of one feed."""
+    """Return what `quality` depends on, of one feed; its first two are what it shares most of its work by."""
     retention, method = settings.retention, settings.detector.method
     bucket_s = 0 if method == "exact" else retention.percentile_bucket_s  # which says nothing there
-    kept = (method, METHODS[method].size(settings), retention.percentile_window_s, bucket_s)
-    return ("quality", *kept, retention.cooldown_s, _asks(settings), window_s)
+    kept = (method, METHODS[method].size(settings), bucket_s)
+    return ("quality", kept, retention.percentile_window_s, retention.cooldown_s, _asks(settings), window_s)
 
 
 def _asks(settings: Settings) -> str:

@@ -28,11 +28,15 @@ from liqlab.sizing.structures import (
     listpack_text,
     radix_trees,
 )
-from liqlab.tuning.alerts import Quality, compared, quality, quality_key
+from liqlab.tuning.alerts import Quality, quality, quality_key
 
 _HOURS_SAID: Final = 48  # from which on history is said in days
 # Of a signal: the usual lengths of its texts.
 _SIGNAL: Final = {"side": 4, "exchange": 7, "price": 8, "notional": 11, "threshold": 17, "rank": 18, "volume": 17}
+
+_Raised = dict[str, tuple[Floats, Floats]]  # keys and bytes through time, by family
+# What a sweep needs of `Quality`, and signals and cooldowns: without its tables, another process has it sooner.
+_Judged = tuple[float, float | None, float | None, _Raised]
 
 
 @dataclass(frozen=True)
@@ -41,22 +45,35 @@ class Outcome:
 
     Attributes
     ----------
+    prepared : Prepared
+        The feed.
     settings : Settings
+    window_s : int
+        Of which trailing window thresholds should be, of exact history.
     predicted : Predicted
         Bytes through time, before any cleanup.
-    quality : Quality
-        Thresholds and alerts beside those of exact history.
     rate_per_h : float
         Events an hour of the feed.
+    error_pct, precision, recall : float or None
+        How far a threshold is off, per cent, in 95 of 100 cases, and of the alerts, 0 to 1; as in `quality`.
     raised : dict of str to array of float64, shape (m,)
         Bytes through time of what the detector writes: signals, a stream a symbol, and cooldowns.
     """
 
+    prepared: Prepared
     settings: Settings
+    window_s: int
     predicted: Predicted
-    quality: Quality
     rate_per_h: float
+    error_pct: float
+    precision: float | None
+    recall: float | None
     raised: dict[str, Floats]
+
+    @cached_property
+    def quality(self) -> Quality:
+        """Thresholds and alerts beside those of exact history."""
+        return quality(self.prepared, self.settings, self.window_s)
 
     @property
     def maxmemory(self) -> int:
@@ -183,7 +200,7 @@ class Outcome:
     @property
     def detail(self) -> str:
         """What stands behind `headline`, in a line: bytes of an event, thresholds, alerts, and what is fullest."""
-        alerts, error = self.quality.fidelity, self.quality.error_pct
+        alerts, error = self.quality.fidelity, self.error_pct
         within = "No thresholds" if np.isnan(error) else f"95 of 100 thresholds within {error:.2f} %"
         raised = (
             "no alerts"
@@ -195,16 +212,15 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as plain numbers and text, a row of a sweep; what is not known is None."""
-        error, (precision, recall) = self.quality.error_pct, self.quality.shares
         return {
             "used_bytes": self.used_bytes,
             "full_bytes": self.full_bytes,
             **{f"{name}_bytes": round(size) for name, size in self._most.items()},
             "event_bytes": self.event_bytes,
             "history_h": self.history_h,
-            "threshold_error_pct": None if np.isnan(error) else error,
-            "precision": precision,
-            "recall": recall,
+            "threshold_error_pct": None if np.isnan(self.error_pct) else self.error_pct,
+            "precision": self.precision,
+            "recall": self.recall,
             "headroom_pct": self.headroom_pct,
             "binds": self.binds,
             "fits": self.fits,
@@ -240,10 +256,10 @@ def evaluate(
     hours = max(float(times[-1] - times[0]) / clock.HOUR_MS, 1 / 60)
     known = calibration or Calibration()
     found = predict(prepared, settings, known, cleaned=True)
-    alerts = quality(prepared, settings, window_s)
-    raised = prepared.once(*_raising(prepared, settings, known.layout, window_s))
+    error_pct, precision, recall, raised = prepared.once(*_judging(prepared, settings, known.layout, window_s))
     sizes = {name: size + keys * found.key_bytes for name, (keys, size) in raised.items()}
-    return Outcome(settings, found, alerts, len(times) / hours, sizes)
+    rate_per_h = len(times) / hours
+    return Outcome(prepared, settings, window_s, found, rate_per_h, error_pct, precision, recall, sizes)
 
 
 def in_common(
@@ -259,29 +275,28 @@ def in_common(
         "sketch": ("percentile", bucket_s),
         "percentile": ("percentile", bucket_s),
     }
-    answers = ("quality", settings.detector.method)
-    key, make = _raising(prepared, settings, layout, window_s)
-    found: dict[Hashable, tuple[tuple[Hashable, ...], Callable[[], Any]]] = {
-        quality_key(settings, window_s): (answers, lambda: compared(prepared, settings, window_s)),
-        key: (answers, make),
-    }
+    key, make = _judging(prepared, settings, layout, window_s)
+    found: dict[Hashable, tuple[tuple[Hashable, ...], Callable[[], Any]]] = {key: (key[:2], make)}
     made = makers(prepared, settings, layout, cleaned=True)
     return found | {key: (groups.get(name, ("others",)), make) for name, (key, make) in made.items()}
 
 
-def _raising(
+def _judging(
     prepared: Prepared, settings: Settings, layout: Layout, window_s: int
-) -> tuple[Hashable, Callable[[], dict[str, tuple[Floats, Floats]]]]:
-    """Return what signals and cooldowns depend on, and what makes them."""
+) -> tuple[tuple[Hashable, ...], Callable[[], _Judged]]:
+    """Return what the figures of `Quality`, signals and cooldowns depend on, and what makes them."""
+
+    def made() -> _Judged:
+        found = quality(prepared, settings, window_s)
+        alerts = found.fidelity
+        raised = _raised(alerts.found, prepared.start_ms, settings, layout)
+        return found.error_pct, alerts.precision, alerts.recall, raised
+
     kept = settings.retention.signal_s, settings.server.stream_node_max_bytes, settings.server.stream_node_max_entries
-
-    def made() -> dict[str, tuple[Floats, Floats]]:
-        return _raised(quality(prepared, settings, window_s).fidelity.found, prepared.start_ms, settings, layout)
-
-    return ("raised", quality_key(settings, window_s), layout, *kept), made
+    return (*quality_key(settings, window_s), layout, *kept), made
 
 
-def _raised(alerts: pd.DataFrame, rows: Ints, settings: Settings, layout: Layout) -> dict[str, tuple[Floats, Floats]]:
+def _raised(alerts: pd.DataFrame, rows: Ints, settings: Settings, layout: Layout) -> _Raised:
     """Return keys and bytes of signals and cooldowns in each of `rows`, which begin at so many ms."""
     alerts = alerts.sort_values(["symbol", "ts_ms"], kind="stable", ignore_index=True)
     times = alerts["ts_ms"].to_numpy()

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from itertools import islice, product
 from pathlib import Path
 from typing import Any, Final
@@ -40,7 +40,8 @@ SPACE: Final[dict[str, tuple[Any, ...]]] = {
 }
 _Part = list[dict[str, Any]]  # combinations that are tried together
 _Shared = dict[Hashable, dict[str, Any]]  # what is shared, by key, and a combination that it is part of
-_Rounds = Iterator[tuple[dict[int, _Part], list[_Shared]]]  # parts, and the groups of what they have in common
+# Of some parts: what works out what they have in common, and then what tries them; both take the feed.
+_Rounds = Iterator[tuple[list[partial[Any]], list[partial[Any]]]]
 _AT_ONCE: Final = REMEMBERED - 56  # of them, and room for what else is remembered
 MINIMISED: Final = ("used_bytes", "threshold_error_pct")
 MAXIMISED: Final = ("history_h", "recall")
@@ -132,20 +133,23 @@ def sweep(
         progress(sum(map(len, found.values())), len(combinations))
     try_all = partial(_on_dask, address=dask, workers=workers) if dask or workers > 1 else _here
     if left:
-        try_all(prepared, base, calibration, _rounds(prepared, base, calibration, {at: parts[at] for at in left}), keep)
+        try_all(prepared, _rounds(prepared, base, calibration, {at: parts[at] for at in left}), keep)
     return pd.concat([found[at] for at in range(len(parts))], ignore_index=True)
 
 
 def _combinations(
     space: Mapping[str, Sequence[Any]], base: Settings, count: int | None, seed: int
 ) -> list[dict[str, Any]]:
+    @cache
+    def size(method: str, wanted: int | None) -> int | None:
+        """Return the size that a method has: none where it reads none, its own where none is set."""
+        detector = base.detector.model_copy(update={"size": wanted})
+        return METHODS[method].size(base.model_copy(update={"detector": detector}))
+
     every = [dict(zip(space, values, strict=True)) for values in product(*space.values())]
     if _SIZE in space:
         for one in every:
-            # A size that is not read is none; one that is not set, the method's own.
-            detector = base.detector.model_copy(update={"size": one[_SIZE]})
-            method = one.get("detector.method", detector.method)
-            one[_SIZE] = METHODS[method].size(base.model_copy(update={"detector": detector}))
+            one[_SIZE] = size(one.get("detector.method", base.detector.method), one[_SIZE])
         every = [dict(pairs) for pairs in dict.fromkeys(tuple(one.items()) for one in every)]
     if count is not None and count < len(every):
         chosen = np.sort(clock.generator(seed).choice(len(every), count, replace=False))
@@ -163,9 +167,17 @@ def _digest(prepared: Prepared, base: Settings, calibration: Calibration | None)
 
 
 def _rounds(prepared: Prepared, base: Settings, calibration: Calibration | None, parts: Mapping[int, _Part]) -> _Rounds:
-    """Yield some of the parts, and what they have in common, the largest group first; no more than a feed remembers."""
+    """Yield how to try the parts, what most have in common first; at a time no more than a feed remembers."""
     window_s, taken = base.retention.percentile_window_s, dict[int, _Part]()
     groups: dict[tuple[Hashable, ...], _Shared] = {}
+
+    def found() -> tuple[list[partial[Any]], list[partial[Any]]]:
+        largest = sorted(groups.values(), key=len, reverse=True)
+        return (
+            [partial(_worked_out, base, calibration, shared) for shared in largest],
+            [partial(_tried, base, calibration, at, part) for at, part in taken.items()],
+        )
+
     for at, part in parts.items():
         new: dict[tuple[Hashable, ...], _Shared] = {}
         for values in part:
@@ -173,14 +185,14 @@ def _rounds(prepared: Prepared, base: Settings, calibration: Calibration | None,
             for key, (group, _) in in_common(prepared, settings, calibration, window_s).items():
                 new.setdefault(group, {}).setdefault(key, values)
         if taken and sum(len({**groups.get(name, {}), **new.get(name, {})}) for name in {*groups, *new}) > _AT_ONCE:
-            yield taken, sorted(groups.values(), key=len, reverse=True)
+            yield found()
             taken, groups = {}, {}
         taken[at] = part
         groups = {name: {**new.get(name, {}), **groups.get(name, {})} for name in {**groups, **new}}
-    yield taken, sorted(groups.values(), key=len, reverse=True)
+    yield found()
 
 
-def _worked_out(prepared: Prepared, base: Settings, calibration: Calibration | None, shared: _Shared) -> dict[Any, Any]:
+def _worked_out(base: Settings, calibration: Calibration | None, shared: _Shared, prepared: Prepared) -> dict[Any, Any]:
     """Return what settings have in common, each under its key, as one of the settings that have it has it made."""
     window_s = base.retention.percentile_window_s
     found = {}
@@ -191,12 +203,13 @@ def _worked_out(prepared: Prepared, base: Settings, calibration: Calibration | N
 
 
 def _tried(
-    prepared: Prepared,
     base: Settings,
     calibration: Calibration | None,
+    at: int,
     part: _Part,
+    prepared: Prepared,
     known: Sequence[Mapping[Any, Any]] = (),
-) -> pd.DataFrame:
+) -> tuple[int, pd.DataFrame]:
     for results in known:
         prepared.learn(results)
     window_s = base.retention.percentile_window_s
@@ -204,21 +217,15 @@ def _tried(
         values | evaluate(prepared, changed(base, values), calibration, window_s=window_s).as_dict() for values in part
     ]
     table = pd.DataFrame(rows).astype(dict.fromkeys(("threshold_error_pct", "precision", "recall"), float))
-    return table.astype({_SIZE: "Int64"} if _SIZE in table else {})
+    return at, table.astype({_SIZE: "Int64"} if _SIZE in table else {})
 
 
-def _here(
-    prepared: Prepared,
-    base: Settings,
-    calibration: Calibration | None,
-    rounds: _Rounds,
-    keep: Callable[[int, pd.DataFrame], None],
-) -> None:
-    for parts, groups in rounds:
-        for shared in groups:
-            _worked_out(prepared, base, calibration, shared)
-        for at, part in parts.items():
-            keep(at, _tried(prepared, base, calibration, part))
+def _here(prepared: Prepared, rounds: _Rounds, keep: Callable[[int, pd.DataFrame], None]) -> None:
+    for groups, parts in rounds:
+        for work_out in groups:
+            work_out(prepared)
+        for try_part in parts:
+            keep(*try_part(prepared))
 
 
 def local_cluster(workers: int) -> Any:
@@ -246,8 +253,6 @@ def local_cluster(workers: int) -> Any:
 
 def _on_dask(
     prepared: Prepared,
-    base: Settings,
-    calibration: Calibration | None,
     rounds: _Rounds,
     keep: Callable[[int, pd.DataFrame], None],
     *,
@@ -263,19 +268,25 @@ def _on_dask(
             address = stack.enter_context(local_cluster(workers)).scheduler_address
         client = stack.enter_context(lib.Client(address))
         [feed] = client.scatter([prepared], broadcast=True, hash=False)
-        for parts, groups in rounds:
+        for groups, parts in rounds:
+            count = max(len(client.nthreads()), 1)
             # As many at a time as there are workers: the scheduler would let one wait behind a dear one.
-            left = (client.submit(_worked_out, feed, base, calibration, shared, pure=False) for shared in groups)
-            known, running = [], lib.as_completed(list(islice(left, max(len(client.nthreads()), 1))))
-            for done in running:
-                known.append(done)
-                running.update(islice(left, 1))
-            tasks = {
-                client.submit(_tried, feed, base, calibration, part, known, pure=False): at
-                for at, part in parts.items()
-            }
-            for task in lib.as_completed(tasks):
-                keep(tasks[task], task.result())
+            known = list(_done((client.submit(work_out, feed, pure=False) for work_out in groups), count))
+            # Each has its next one at hand; were all dealt out at once, one worker would be idle in the end.
+            tasks = (client.submit(try_part, feed, known, pure=False) for try_part in parts)
+            for task in _done(tasks, 2 * count):
+                keep(*task.result())
+
+
+def _done(tasks: Iterator[Any], at_once: int) -> Iterator[Any]:
+    """Yield tasks as they are done, asking for the next only when fewer than so many are left."""
+    import distributed
+
+    lib: Any = distributed  # it has no types
+    running = lib.as_completed(list(islice(tasks, at_once)))
+    for task in running:
+        running.update(islice(tasks, 1))
+        yield task
 
 
 def pareto(
