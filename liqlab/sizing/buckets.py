@@ -29,16 +29,16 @@ _WHOLE: Final = 1 << 52  # util.c, double2ll: up to which a score without a frac
 
 
 @dataclass(frozen=True)
-class _Sets:
-    """Sorted sets, touch by touch: shape (t,), sorted by symbol, bucket and row."""
+class _Touches:
+    """Buckets, touch by touch: a symbol, a bucket and a row; shape (t,), sorted by them."""
 
-    key: Ints  # number of the set
+    key: Ints  # number of the bucket
     symbol: Ints
     bucket: Ints
     row: Ints
     last_ms: Ints
-    members: Ints
-    size: Floats  # bytes without the key
+    end: Ints  # where its events end, in the order of symbols
+    came: Ints  # events of the bucket so far
 
 
 def bucket_starts(prepared: Prepared, bucket_s: int) -> Ints:
@@ -76,62 +76,79 @@ def _scores(values: Floats, layout: Layout) -> Ints:
     return found
 
 
-def _sets(prepared: Prepared, settings: Settings, layout: Layout) -> _Sets:
-    method, bucket_s = settings.detector.method, settings.retention.percentile_bucket_s
-    kept, order, columns = METHODS[method].size(settings), prepared.order, prepared.columns
-    symbol, row, ts_ms = columns.symbol[order].astype(np.int64), prepared.row[order], columns.ts_ms[order]
-    starts = bucket_starts(prepared, bucket_s)
-    lengths = np.diff(starts, append=len(order))
-    touches = run_starts(np.repeat(np.arange(len(starts)), lengths), row)
-    ends = np.append(touches[1:], len(order))
-    key = np.repeat(np.arange(len(starts)), lengths)[touches]
-    came = ends - starts[key]
+def _touches(prepared: Prepared, bucket_s: int) -> _Touches:
+    order, columns = prepared.order, prepared.columns
+    row, ts_ms, starts = prepared.row[order], columns.ts_ms[order], bucket_starts(prepared, bucket_s)
+    bucket = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(order)))
+    first = run_starts(bucket, row)
+    end, key = np.append(first[1:], len(order)), bucket[first]
+    symbol = columns.symbol[order[first]].astype(np.int64)
+    return _Touches(key, symbol, ts_ms[first] // (1000 * bucket_s), row[first], ts_ms[end - 1], end, end - starts[key])
+
+
+def _members(prepared: Prepared, layout: Layout, *, drawn: bool) -> tuple[Floats, Floats]:
+    """Return what the members of the events before each take in a listpack, and in a skiplist, shape (n + 1,).
+
+    A member is an event; or a value and its priority, which is drawn and the score.
+    """
+    order, columns = prepared.order, prepared.columns
     notional = columns.notional[order]
-    if method == "reservoir":
-        # A member is a value and its priority, which is drawn; one more counts.
-        drawn = clock.generator(0).random(len(order))
-        scores, name = _scores(drawn, layout), arrow_lengths(notional) + 1 + arrow_lengths(drawn)
-        counter, others = listpack_text(1) + listpack_int(-came), 1
+    if drawn:
+        priority = clock.generator(0).random(len(order))
+        scores, name = _scores(priority, layout), arrow_lengths(notional) + 1 + arrow_lengths(priority)
     else:
-        scores = prepared.once(("scores", layout.separate), lambda: _scores(notional, layout), large=True)
-        name, counter, others = digits(ts_ms) + 1 + digits(order), np.zeros(len(came), np.int64), 0
-    small, large = scores + listpack_text(name), layout.member(name)
+        scores, name = _scores(notional, layout), digits(columns.ts_ms[order]) + 1 + digits(order)
+    return _before(scores + listpack_text(name)), _before(layout.member(name))
+
+
+def _before(each: Floats | Ints) -> Floats:
+    """Return what all that come before each place add up to, shape (n + 1,)."""
+    found: Floats = np.concatenate([[0.0], np.cumsum(each)])
+    return found
+
+
+def _sets(prepared: Prepared, settings: Settings, layout: Layout) -> tuple[_Touches, Ints, Floats]:
+    """Return the touches of the buckets, and in each the members of the sorted set and its bytes without the key."""
+    method, bucket_s = settings.detector.method, settings.retention.percentile_bucket_s
+    kept, drawn, starts = METHODS[method].size(settings), method == "reservoir", bucket_starts(prepared, bucket_s)
+    touches = prepared.once(("touches", bucket_s), lambda: _touches(prepared, bucket_s), large=True)
+    small, large = prepared.once(
+        ("members", drawn, layout), lambda: _members(prepared, layout, drawn=drawn), large=True
+    )
+    came, stops = touches.came, np.append(starts[1:], len(prepared))
+    number = stops - starts  # of the members at the end
     held = came if kept is None else np.minimum(came, kept)
     most = came if kept is None else np.minimum(came, kept + 1)
-    full = came > held
-    in_sample = largest(prepared, bucket_s, kept) if method == "topk" and kept else np.ones(len(order), np.bool_)
+    full, others = came > held, int(drawn)  # one more of those that are drawn counts
+    inside = None
+    if method == "topk" and kept:
+        inside, number = largest(prepared, bucket_s, kept), np.minimum(number, kept)
 
-    def sums(each: Floats | Ints) -> Floats:
+    def sums(total: Floats) -> Floats:
         """Return what members add up to: of a full set its mean one, where it stands at the end, so many times."""
-        total = np.concatenate([[0.0], np.cumsum(each)])
-        end = np.concatenate([[0.0], np.cumsum(np.where(in_sample, each, 0))])
-        number = np.concatenate([[0], np.cumsum(in_sample)])
-        stops = starts + lengths
-        mean = (end[stops] - end[starts]) / (number[stops] - number[starts])
-        found: Floats = np.where(full, held * mean[key], total[ends] - total[starts[key]])
+        end = total if inside is None else _before(np.where(inside, np.diff(total), 0))
+        mean = (end[stops] - end[starts]) / number
+        found: Floats = np.where(full, held * mean[touches.key], total[touches.end] - total[starts[touches.key]])
         return found
 
-    listed = most + others <= MAX_LISTPACK_MEMBERS
+    counter = others * (listpack_text(1) + listpack_int(-came))
     packed = layout.alloc(LISTPACK + np.rint(sums(small)).astype(np.int64) + counter)
     apart = layout.sorted_set(most + others, came + others) + sums(large) + others * layout.member(1)
-    return _Sets(
-        key, symbol[touches], (ts_ms // (1000 * bucket_s))[touches], row[touches], ts_ms[ends - 1], held + others,
-        np.where(listed, packed, apart).astype(np.float64),
-    )  # fmt: skip
+    return touches, held + others, np.where(most + others <= MAX_LISTPACK_MEMBERS, packed, apart).astype(np.float64)
 
 
 def sorted_sets(prepared: Prepared, settings: Settings, layout: Layout) -> Family:
     """Return the sorted sets of `detector.method`; a listpack up to 128 members, then a skiplist and a table."""
     detector, retention = settings.detector, settings.retention
-    sets = prepared.once(
+    touches, count, size = prepared.once(
         ("sets", detector.method, METHODS[detector.method].size(settings), retention.percentile_bucket_s, layout),
         lambda: _sets(prepared, settings, layout),
         large=True,
     )
     ttl_s = schema.BY_NAME["percentile"].ttl_s(settings) or 0
-    gone, begins = lives(prepared, sets.key, sets.row, sets.last_ms, ttl_s)
-    length = key_length("percentile", prepared, settings, sets.symbol, sets.bucket)
-    keys = through(prepared.rows, sets.row, gone)
-    total = through(prepared.rows, sets.row, gone, layout.key(length) + sets.size)
-    members = int(sets.members[gone >= prepared.rows].sum())
-    return Family(keys, total, members, per_row(prepared.rows, sets.row[begins]))
+    gone, begins = lives(prepared, touches.key, touches.row, touches.last_ms, ttl_s)
+    length = key_length("percentile", prepared, settings, touches.symbol, touches.bucket)
+    keys = through(prepared.rows, touches.row, gone)
+    total = through(prepared.rows, touches.row, gone, layout.key(length) + size)
+    members = int(count[gone >= prepared.rows].sum())
+    return Family(keys, total, members, per_row(prepared.rows, touches.row[begins]))

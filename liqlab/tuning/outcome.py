@@ -269,11 +269,11 @@ def in_common(
 
     Of each, a group within which much is done once, and what makes it.
     """
-    bucket_s, layout = settings.retention.percentile_bucket_s, (calibration or Calibration()).layout
+    layout = (calibration or Calibration()).layout
     groups: dict[str, tuple[Hashable, ...]] = {
         "events": ("events",),
-        "sketch": ("percentile", bucket_s),
-        "percentile": ("percentile", bucket_s),
+        "sketch": ("sketch",),
+        "percentile": ("percentile", settings.detector.method == "reservoir"),
     }
     key, make = _judging(prepared, settings, layout, window_s)
     found: dict[Hashable, tuple[tuple[Hashable, ...], Callable[[], Any]]] = {key: (key[:2], make)}
