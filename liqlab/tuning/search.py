@@ -46,7 +46,8 @@ _AT_ONCE: Final = REMEMBERED - 56  # of them, and room for what else is remember
 MINIMISED: Final = ("used_bytes", "threshold_error_pct")
 MAXIMISED: Final = ("history_h", "recall")
 _SIZE: Final = "detector.size"
-_TOGETHER: Final = 64  # settings that one task tries, and one file holds
+_TOGETHER: Final = 64  # settings that one file holds
+_TASKS: Final = 16  # at most, of a worker in a round: each costs Dask as much time as some settings take
 
 
 def sweep(
@@ -273,9 +274,17 @@ def _on_dask(
             # As many at a time as there are workers: the scheduler would let one wait behind a dear one.
             known = list(_done((client.submit(work_out, feed, pure=False) for work_out in groups), count))
             # Each has its next one at hand; were all dealt out at once, one worker would be idle in the end.
-            tasks = (client.submit(try_part, feed, known, pure=False) for try_part in parts)
-            for task in _done(tasks, 2 * count):
-                keep(*task.result())
+            some = -(-len(parts) // (_TASKS * count))
+            shares = (partial(_each, parts[at : at + some]) for at in range(0, len(parts), some))
+            for task in _done((client.submit(share, feed, known, pure=False) for share in shares), 2 * count):
+                for at, table in task.result():
+                    keep(at, table)
+
+
+def _each(
+    parts: Sequence[partial[Any]], prepared: Prepared, known: Sequence[Mapping[Any, Any]]
+) -> list[tuple[int, pd.DataFrame]]:
+    return [try_part(prepared, known) for try_part in parts]
 
 
 def _done(tasks: Iterator[Any], at_once: int) -> Iterator[Any]:
