@@ -54,8 +54,10 @@ class Outcome:
         Bytes through time, before any cleanup.
     rate_per_h : float
         Events an hour of the feed.
-    error_pct, precision, recall : float or None
-        How far a threshold is off, per cent, in 95 of 100 cases, and of the alerts, 0 to 1; as in `quality`.
+    error_pct : float
+        As `Quality` has it.
+    precision, recall : float or None
+        Of the alerts, as `liqlab.fidelity.Fidelity` has them.
     raised : dict of str to array of float64, shape (m,)
         Bytes through time of what the detector writes: signals, a stream a symbol, and cooldowns.
     """
@@ -273,7 +275,7 @@ def in_common(
     groups: dict[str, tuple[Hashable, ...]] = {
         "events": ("events",),
         "sketch": ("sketch",),
-        "percentile": ("percentile", settings.detector.method == "reservoir"),
+        "percentile": ("percentile", settings.detector.method == "reservoir"),  # whose members are drawn
     }
     key, make = _judging(prepared, settings, layout, window_s)
     found: dict[Hashable, tuple[tuple[Hashable, ...], Callable[[], Any]]] = {key: (key[:2], make)}
