@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -98,13 +98,12 @@ def _members(prepared: Prepared, layout: Layout, *, drawn: bool) -> tuple[Floats
         scores, name = _scores(priority, layout), arrow_lengths(notional) + 1 + arrow_lengths(priority)
     else:
         scores, name = _scores(notional, layout), digits(columns.ts_ms[order]) + 1 + digits(order)
-    return _before(scores + listpack_text(name)), _before(layout.member(name))
+    return before(scores + listpack_text(name)), before(layout.member(name))
 
 
-def _before(each: Floats | Ints) -> Floats:
-    """Return what all that come before each place add up to, shape (n + 1,)."""
-    found: Floats = np.concatenate([[0.0], np.cumsum(each)])
-    return found
+def before(each: Bools | Floats | Ints) -> Any:
+    """Return what all that come before each place add up to, or how many there are, shape (n + 1,)."""
+    return np.concatenate([[0], np.cumsum(each)])
 
 
 def _sets(prepared: Prepared, settings: Settings, layout: Layout) -> tuple[_Touches, Ints, Floats]:
@@ -126,7 +125,7 @@ def _sets(prepared: Prepared, settings: Settings, layout: Layout) -> tuple[_Touc
 
     def sums(total: Floats) -> Floats:
         """Return what members add up to: of a full set its mean one, where it stands at the end, so many times."""
-        end = total if inside is None else _before(np.where(inside, np.diff(total), 0))
+        end = total if inside is None else before(np.where(inside, np.diff(total), 0))
         mean = (end[stops] - end[starts]) / number
         found: Floats = np.where(full, held * mean[touches.key], total[touches.end] - total[starts[touches.key]])
         return found

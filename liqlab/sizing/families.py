@@ -188,9 +188,9 @@ def unique_symbols(prepared: Prepared, settings: Settings, layout: Layout) -> Fa
     registers = prepared.once("registers", lambda: [_register(name.encode()) for name in prepared.columns.symbols])
     for shard in prepared.present(settings.shards):
         mine = np.flatnonzero(whose == shard)
-        mine = mine[np.argsort(prepared.order[prepared.first[mine]])]  # as the names come in
+        came = prepared.order[prepared.first[mine]]
+        mine, first_ms = mine[np.argsort(came)], prepared.columns.ts_ms[np.sort(came)]  # as the names come in
         row, symbol = prepared.minute_row[mine], prepared.symbol[mine]
-        first_ms = prepared.columns.ts_ms[prepared.order[prepared.first[mine]]]
         start = 0
         while start < len(row):
             begun = int(row[start])

@@ -13,7 +13,7 @@ from liqlab.percentiles import METHODS
 from liqlab.quantiles import represented
 from liqlab.settings import Settings
 from liqlab.sizing import Prepared
-from liqlab.sizing.buckets import bucket_starts, largest
+from liqlab.sizing.buckets import before, bucket_starts, largest
 from liqlab.tuning.ranges import Floats, Ints, Part, WaveletMatrix, quantiles
 
 _BITS: Final = 14  # of a sampled value, which no one needs to know to more than a thousandth
@@ -167,7 +167,7 @@ class Windows:
 
         def made() -> _Largest:
             kept = largest(self._prepared, bucket_s, size) & self._busy(size, bucket_s)[self._codes]
-            return _Largest(_before(kept), WaveletMatrix(known.codes[kept], known.bits))
+            return _Largest(before(kept), WaveletMatrix(known.codes[kept], known.bits))
 
         top = self._prepared.once(("largest", size, bucket_s), made, large=True)
         end_ms, bucket_ms = self._end_ms[rows], 1000 * bucket_s
@@ -223,13 +223,7 @@ class Windows:
         gone = np.bincount(out[leaves], minlength=n)
         return _Sample(
             np.exp(low + width * (np.arange(1 << _BITS) + 0.5)),
-            WaveletMatrix(codes[stays], _BITS, weight), _before(kept),
-            WaveletMatrix(codes[rows], _BITS), _before(enters),
-            WaveletMatrix(codes[rows[leaves]], _BITS), np.concatenate([[0], np.cumsum(gone)]),
+            WaveletMatrix(codes[stays], _BITS, weight), before(kept),
+            WaveletMatrix(codes[rows], _BITS), before(enters),
+            WaveletMatrix(codes[rows[leaves]], _BITS), before(gone),
         )  # fmt: skip
-
-
-def _before(which: Bools) -> Ints:
-    """Return how many there are before each event, shape (n + 1,)."""
-    found: Ints = np.concatenate([[0], np.cumsum(which)]).astype(np.int64)
-    return found
