@@ -33,10 +33,6 @@ _MOMENTS: Final = 24  # at which percentiles are compared
 _BUSIEST: Final = 4  # symbols whose percentiles are
 _ALL: Final = 1_000_000  # keys of a family that are measured: a sample depends on the order of a scan
 _SETTLE_S, _LOOKS = 0.25, 20  # longer than the server needs from one look at its tables to the next; looks
-_COLUMNS: Final = [
-    *("symbol", "side", "what", "delay_s"),
-    *(f"{name}_{whose}" for name in _FIGURES for whose in ("true", "found")),
-]
 
 
 @dataclass(frozen=True)
@@ -113,34 +109,40 @@ def compare(found: pd.DataFrame, true: pd.DataFrame, *, within_s: float) -> Fide
     within_s : float
         Alerts of one symbol and side that are less than this apart are the same: their cooldown.
     """
-    rows = []
-    theirs = _by_side(found)
-    for key, alerts in _by_side(true).items():
-        others = theirs.pop(key, [])
-        for one in alerts:
-            while others and others[0].ts_ms <= one.ts_ms - 1000 * within_s:
-                rows.append(_row(key, None, others.pop(0)))
-            same = bool(others) and others[0].ts_ms < one.ts_ms + 1000 * within_s
-            rows.append(_row(key, one, others.pop(0) if same else None))
-        theirs[key] = others
-    rows += [_row(key, None, other) for key, others in theirs.items() for other in others]
-    pairs = pd.DataFrame(rows, columns=_COLUMNS)
-    order = pairs["ts_ms_true"].fillna(pairs["ts_ms_found"]).argsort(kind="stable")
-    return Fidelity(found, true, pairs.iloc[order].reset_index(drop=True))
+    both = pd.concat([true, found], ignore_index=True)
+    group, ms = both.groupby(["symbol", "side"]).ngroup().to_numpy(), both["ts_ms"].to_numpy(np.int64)
+    within_ms = 1000 * within_s
+    span = int(np.ptp(ms)) + int(within_ms) + 2 if len(ms) else 0
+    place = group * span + ms  # those of one group are too far away from those of others
+    order = np.argsort(group, kind="stable")
+    ours, theirs = order[order < len(true)], order[order >= len(true)]
+    rows = _paired(place[ours].tolist(), place[theirs].tolist(), within_ms)
+    true_at, found_at = (np.append(which, -1)[at] for which, at in zip((ours, theirs), rows, strict=True))
+
+    pairs = both[["symbol", "side"]].iloc[np.where(true_at >= 0, true_at, found_at)].reset_index(drop=True)
+    pairs["what"] = np.where(found_at < 0, "missed", np.where(true_at < 0, "extra", "same"))
+    pairs["delay_s"] = np.where((true_at < 0) | (found_at < 0), np.nan, (ms[found_at] - ms[true_at]) / 1000)
+    for name in _FIGURES:
+        for whose, at in (("true", true_at), ("found", found_at)):
+            pairs[f"{name}_{whose}"] = both[name].reindex(at).to_numpy() if name in both else np.nan
+    by_time = pairs["ts_ms_true"].fillna(pairs["ts_ms_found"]).argsort(kind="stable")
+    return Fidelity(found, true, pairs.iloc[by_time].reset_index(drop=True))
 
 
-def _by_side(alerts: pd.DataFrame) -> dict[Any, list[Any]]:
-    found: dict[Any, list[Any]] = {}
-    for one in alerts.itertuples():
-        found.setdefault((one.symbol, one.side), []).append(one)
-    return dict(sorted(found.items()))
-
-
-def _row(key: tuple[Any, ...], true: Any, found: Any) -> tuple[Any, ...]:
-    what = "missed" if found is None else "extra" if true is None else "same"
-    delay_s = (found.ts_ms - true.ts_ms) / 1000 if what == "same" else np.nan
-    figures = [getattr(one, name, np.nan) for name in _FIGURES for one in (true, found)]
-    return (*key, what, delay_s, *figures)
+def _paired(true: list[int], found: list[int], within: float) -> tuple[list[int], list[int]]:
+    """Return of each pair which ones of both, ascending places, it is of; -1 where there is only one."""
+    ours, theirs, next_found = list[int](), list[int](), 0
+    for at, place in enumerate(true):
+        while next_found < len(found) and found[next_found] <= place - within:
+            ours.append(-1)
+            theirs.append(next_found)
+            next_found += 1
+        same = next_found < len(found) and found[next_found] < place + within
+        ours.append(at)
+        theirs.append(next_found if same else -1)
+        next_found += same
+    rest = range(next_found, len(found))
+    return ours + [-1] * len(rest), [*theirs, *rest]
 
 
 async def fidelity(

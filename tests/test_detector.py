@@ -16,7 +16,7 @@ from liqlab import clock, quantiles, settings, synth
 from liqlab.archive import history, tail
 from liqlab.comparison import methods_compared
 from liqlab.detector import Alert, Detector, backtest, signals, table
-from liqlab.events import Columns, Event, EventError, event_table
+from liqlab.events import SIDES, Columns, Event, EventError, event_table
 from liqlab.fidelity import compare, fidelity
 from liqlab.replay import ingest
 from liqlab.server import Server, connect
@@ -355,6 +355,25 @@ def test_alerts_less_than_a_cooldown_apart_are_the_same() -> None:
     assert (only.precision, only.recall, len(only.differing)) == (None, 0.0, 4)
     equal = compare(true, true, within_s=600)
     assert (equal.precision, equal.recall, equal.identical, len(equal.differing)) == (1.0, 1.0, 4, 0)
+
+
+def test_an_alert_has_no_partner_of_another_symbol_or_side() -> None:
+    rng = clock.generator(5)
+
+    def alerts() -> pd.DataFrame:
+        rows = zip(rng.integers(0, 5_000, 200), rng.choice(list("ABC"), 200), rng.choice(SIDES, 200), strict=True)
+        return table(Alert(int(s) * 1000, name, side, "okx", 1.0, 2.0, 3.0, 0.99, 5.0) for s, name, side in rows)
+
+    found, true = alerts(), alerts()
+    pairs = compare(found, true, within_s=30).pairs
+    assert pairs["ts_ms_true"].dropna().tolist() == true["ts_ms"].tolist()
+    assert sorted(pairs["ts_ms_found"].dropna()) == sorted(found["ts_ms"])
+    for (symbol, side), together in pairs.groupby(["symbol", "side"]):
+        mine, theirs = (one[(one["symbol"] == symbol) & (one["side"] == side)] for one in (found, true))
+        alone = compare(mine, theirs, within_s=30).pairs
+        pd.testing.assert_frame_equal(together.reset_index(drop=True), alone, check_dtype=False)
+        assert set(alone["what"]) == {"same", "missed", "extra"}
+        assert alone["delay_s"].abs().max() < 30
 
 
 # Killed

@@ -124,7 +124,7 @@ class _Asked:
         self.symbol, self.end_ms = self.pair // span, (self.pair % span + first) * every_ms - 1
         self._origin = int(columns.ts_ms.min())
         self._span = int(columns.ts_ms.max()) - self._origin + 2
-        self._windows = Windows(prepared, self.symbol, self.end_ms)
+        self._windows = Windows(prepared, columns, self.symbol, self.end_ms)
 
     def thresholds(self, settings: Settings, exact_s: int | None = None) -> Floats:
         """Return the threshold of each pair, USD, shape (k,); infinite where the window has too few events for one.

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liqlab import clock
+from liqlab.events import Columns
 from liqlab.percentiles import METHODS
 from liqlab.quantiles import represented
 from liqlab.settings import Settings
@@ -58,12 +59,13 @@ class Windows:
     Parameters
     ----------
     prepared : Prepared
+    columns : Columns
+        Its events in the order of symbols.
     symbol, end_ms : array of int64, shape (k,)
     """
 
-    def __init__(self, prepared: Prepared, symbol: Ints, end_ms: Ints) -> None:
+    def __init__(self, prepared: Prepared, columns: Columns, symbol: Ints, end_ms: Ints) -> None:
         self._prepared, self._symbol, self._end_ms = prepared, symbol, end_ms
-        columns = prepared.columns.rows(prepared.order)
         self._times, self._codes, self._notional = columns.ts_ms, columns.symbol.astype(np.int64), columns.notional
         self._origin = int(columns.ts_ms.min())
         self._span = int(columns.ts_ms.max()) - self._origin + 2
