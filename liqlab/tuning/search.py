@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -272,11 +273,11 @@ def _on_dask(
         for groups, parts in rounds:
             count = max(len(client.nthreads()), 1)
             # As many at a time as there are workers: the scheduler would let one wait behind a dear one.
-            known = list(_done((client.submit(work_out, feed, pure=False) for work_out in groups), count))
+            known = list(_done(client, groups, count, feed))
             # Each has its next one at hand; were all dealt out at once, one worker would be idle in the end.
             some = -(-len(parts) // (_TASKS * count))
-            shares = (partial(_each, parts[at : at + some]) for at in range(0, len(parts), some))
-            for task in _done((client.submit(share, feed, known, pure=False) for share in shares), 2 * count):
+            shares = [partial(_each, parts[at : at + some]) for at in range(0, len(parts), some)]
+            for task in _done(client, shares, 2 * count, feed, known):
                 for at, table in task.result():
                     keep(at, table)
 
@@ -287,14 +288,26 @@ def _each(
     return [try_part(prepared, known) for try_part in parts]
 
 
-def _done(tasks: Iterator[Any], at_once: int) -> Iterator[Any]:
-    """Yield tasks as they are done, asking for the next only when fewer than so many are left."""
+def _done(client: Any, work: Sequence[partial[Any]], at_once: int, *shared: Any) -> Iterator[Any]:
+    """Yield tasks as they are done, asking for the next only when fewer than so many are left.
+
+    They are taken from both ends, the next from where the one that is done came from: neighbours have more in common,
+    and a worker still has it.
+    """
     import distributed
 
     lib: Any = distributed  # it has no types
-    running = lib.as_completed(list(islice(tasks, at_once)))
+    left, came_last = deque(work), dict[Any, bool]()
+
+    def asked(last: bool) -> Any:
+        task = client.submit(left.pop() if last else left.popleft(), *shared, pure=False)
+        came_last[task] = last
+        return task
+
+    running = lib.as_completed([asked(bool(at % 2)) for at in range(min(at_once, len(work)))])
     for task in running:
-        running.update(islice(tasks, 1))
+        if left:
+            running.add(asked(came_last[task]))
         yield task
 
 
