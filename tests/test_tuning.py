@@ -75,6 +75,20 @@ def test_a_range_has_the_quantile_that_numpy_finds(values: list[float], data: st
         assert math.isnan(got)
 
 
+@pytest.mark.parametrize("n", [255, 256, 257, 2_000])
+@pytest.mark.parametrize("heavy", [False, True])
+def test_ranges_of_long_arrays_are_exact(n: int, heavy: bool) -> None:
+    rng = clock.generator(n)
+    values, weights = rng.random(n).round(3), rng.integers(1, 4, n).astype(float) if heavy else None
+    start, stop = np.sort(rng.integers(0, n + 1, (2, 100)), axis=0)
+    start[0], stop[0] = 0, n
+    got, weight = selected(values, 0.9, (slice(None), weights, [(start, -1.0), (stop, 1.0)], None))
+    for a, b, found, total in zip(start.tolist(), stop.tolist(), got.tolist(), weight.tolist(), strict=True):
+        every = values[a:b] if weights is None else np.repeat(values[a:b], weights[a:b].astype(int))
+        assert total == len(every)
+        assert not len(every) or found == np.quantile(every, 0.9, method="inverted_cdf")
+
+
 def weighted(values: np.ndarray, weights: np.ndarray, q: float) -> float:
     order = np.argsort(values, kind="stable")
     total = np.cumsum(weights[order])
