@@ -91,7 +91,7 @@ def main() -> None:
     one_s = swept_s(events, count)
     print(f"replay {replay_s:.1f} s; a sweep of {count} settings {one_s:.1f} s, {1000 * one_s / count:.1f} ms each")
     pairs = []
-    for order in ((1, 2), (2, 1)) * 2 + ((1, 2),):  # a machine that grows slower would favour who always goes first
+    for order in ((1, 2), (2, 1)) * 4 + ((1, 2),):  # a machine that grows slower would favour who always goes first
         taken = {workers: swept_s(events, count, workers) for workers in order}
         pairs.append((taken[1], taken[2]))
         print(f"Dask, one worker {taken[1]:.1f} s, two {taken[2]:.1f} s: {taken[1] / taken[2]:.2f}", flush=True)

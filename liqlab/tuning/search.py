@@ -306,8 +306,9 @@ def _done(client: Any, work: Sequence[partial[Any]], at_once: int, *shared: Any)
 
     running = lib.as_completed([asked(bool(at % 2)) for at in range(min(at_once, len(work)))])
     for task in running:
+        last = came_last.pop(task)  # what nobody holds any more is forgotten by the workers
         if left:
-            running.add(asked(came_last[task]))
+            running.add(asked(last))
         yield task
 
 
