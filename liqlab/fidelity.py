@@ -116,8 +116,8 @@ def compare(found: pd.DataFrame, true: pd.DataFrame, *, within_s: float) -> Fide
     place = group * span + ms  # those of one group are too far away from those of others
     order = np.argsort(group, kind="stable")
     ours, theirs = order[order < len(true)], order[order >= len(true)]
-    rows = _paired(place[ours].tolist(), place[theirs].tolist(), within_ms)
-    true_at, found_at = (np.append(which, -1)[at] for which, at in zip((ours, theirs), rows, strict=True))
+    rows = np.array(_paired(place[ours].tolist(), place[theirs].tolist(), within_ms), np.int64).reshape(-1, 2)
+    true_at, found_at = (np.append(which, -1)[at] for which, at in zip((ours, theirs), rows.T, strict=True))
 
     pairs = both[["symbol", "side"]].iloc[np.where(true_at >= 0, true_at, found_at)].reset_index(drop=True)
     pairs["what"] = np.where(found_at < 0, "missed", np.where(true_at < 0, "extra", "same"))
@@ -129,20 +129,17 @@ def compare(found: pd.DataFrame, true: pd.DataFrame, *, within_s: float) -> Fide
     return Fidelity(found, true, pairs.iloc[by_time].reset_index(drop=True))
 
 
-def _paired(true: list[int], found: list[int], within: float) -> tuple[list[int], list[int]]:
+def _paired(true: list[int], found: list[int], within: float) -> list[tuple[int, int]]:
     """Return of each pair which ones of both, ascending places, it is of; -1 where there is only one."""
-    ours, theirs, next_found = list[int](), list[int](), 0
+    pairs, after = list[tuple[int, int]](), 0
     for at, place in enumerate(true):
-        while next_found < len(found) and found[next_found] <= place - within:
-            ours.append(-1)
-            theirs.append(next_found)
-            next_found += 1
-        same = next_found < len(found) and found[next_found] < place + within
-        ours.append(at)
-        theirs.append(next_found if same else -1)
-        next_found += same
-    rest = range(next_found, len(found))
-    return ours + [-1] * len(rest), [*theirs, *rest]
+        while after < len(found) and found[after] <= place - within:
+            pairs.append((-1, after))
+            after += 1
+        same = after < len(found) and found[after] < place + within
+        pairs.append((at, after if same else -1))
+        after += same
+    return pairs + [(-1, at) for at in range(after, len(found))]
 
 
 async def fidelity(
