@@ -219,9 +219,8 @@ def use_the_panel(page: sync_api.Page, made: Path, name: str) -> None:
     for label, keys in (("memory", ["ArrowLeft"] * 3), ("candles kept", ["ArrowLeft"]), ("hot window", ["ArrowRight"])):
         slider = page.locator(".widget-inline-hbox").filter(has_text=label).locator(".noUi-handle")
         before = bars()
-        slider.focus()
         for key in keys:
-            page.keyboard.press(key)
+            slider.press(key)  # focuses it each time: Lab takes the focus away once the cell is done
         page.wait_for_function(
             "before => JSON.stringify([...document.querySelector('.js-plotly-plot').data[1].x]) != before",
             arg=json.dumps(before, separators=(",", ":")),
