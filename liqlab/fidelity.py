@@ -121,10 +121,10 @@ def compare(found: pd.DataFrame, true: pd.DataFrame, *, within_s: float) -> Fide
 
     pairs = both[["symbol", "side"]].iloc[np.where(true_at >= 0, true_at, found_at)].reset_index(drop=True)
     pairs["what"] = np.where(found_at < 0, "missed", np.where(true_at < 0, "extra", "same"))
-    pairs["delay_s"] = np.where((true_at < 0) | (found_at < 0), np.nan, (ms[found_at] - ms[true_at]) / 1000)
     for name in _FIGURES:
         for whose, at in (("true", true_at), ("found", found_at)):
             pairs[f"{name}_{whose}"] = both[name].reindex(at).to_numpy() if name in both else np.nan
+    pairs.insert(3, "delay_s", (pairs["ts_ms_found"] - pairs["ts_ms_true"]) / 1000)
     by_time = pairs["ts_ms_true"].fillna(pairs["ts_ms_found"]).argsort(kind="stable")
     return Fidelity(found, true, pairs.iloc[by_time].reset_index(drop=True))
 

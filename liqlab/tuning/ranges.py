@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from liqlab.sizing.buckets import before
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -42,7 +44,7 @@ class WaveletMatrix:
     """
 
     def __init__(self, codes: NDArray[np.integer], bits: int, weights: Floats | None = None) -> None:
-        self._whole = None if weights is None else np.concatenate([[0.0], np.cumsum(weights)])
+        self._whole = None if weights is None else before(weights)
         code, n = codes.astype(np.int32), len(codes)
         self.levels: list[_Level] = []  # the high bit first
         zeros = np.zeros((n // 256 + 1) * 256, np.int32)
@@ -54,7 +56,7 @@ class WaveletMatrix:
             order = np.concatenate([np.flatnonzero(low), np.flatnonzero(~low)])
             heavy = None
             if weights is not None:
-                heavy = np.concatenate([[0.0], np.cumsum(np.where(low, weights, 0.0))])
+                heavy = before(np.where(low, weights, 0.0))
                 weights = weights[order]
             self.levels.append(_Level(blocks, inside, zeros[n], heavy))
             code = code[order]
@@ -117,9 +119,9 @@ def quantiles(values: Floats, bits: int, parts: Sequence[Part], q: float) -> tup
     passed = [np.zeros(k) for _ in parts]  # of each part, what is below all codes in question
     for level in range(bits):
         below, counted, zeros_of = np.zeros(k), list[Floats](), list[list[NDArray[np.int32]]]()
-        for part, at, before in zip(parts, places, passed, strict=True):
+        for part, at, skipped in zip(parts, places, passed, strict=True):
             one = part.matrix.levels[level]
-            count, left = before.copy(), [one.zeros(place) for place in at]
+            count, left = skipped.copy(), [one.zeros(place) for place in at]
             for place, place_left, (_, times) in zip(at, left, part.cuts, strict=True):
                 count += times * (place_left if one.heavy is None else one.heavy[place])
             below += count if part.spare is None else np.maximum(count - part.spare, 0)
