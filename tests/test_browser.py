@@ -220,7 +220,7 @@ def use_the_panel(page: sync_api.Page, made: Path, name: str) -> None:
         slider = page.locator(".widget-inline-hbox").filter(has_text=label).locator(".noUi-handle")
         before = bars()
         for key in keys:
-            slider.press(key)  # focuses it each time: Lab takes the focus away once the cell is done
+            slider.press(key)  # focuses it each time: a page that still lays itself out may move the focus
         page.wait_for_function(
             "before => JSON.stringify([...document.querySelector('.js-plotly-plot').data[1].x]) != before",
             arg=json.dumps(before, separators=(",", ":")),
