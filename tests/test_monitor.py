@@ -626,14 +626,16 @@ async def test_a_watch_ends_at_whatever_moment_it_is_cancelled(default_redis: Re
             looks += 1
 
     rng = clock.generator(1)
-    for _ in range(100):
-        task = asyncio.create_task(look())
+    for trial in range(100):
+        before, task = looks, asyncio.create_task(look())
+        # Every other one has looked once, however slow the machine: it is cancelled while it looks again.
+        while trial % 2 and looks == before and not task.done():
+            await asyncio.sleep(0)
         await asyncio.sleep(rng.random() * 0.01)
         task.cancel()
         ended, _ = await asyncio.wait([task], timeout=60)
         assert ended
         assert task.cancelled()
-    assert looks > 50
 
 
 async def test_a_webhook_that_hangs_does_not_end_the_watch(
