@@ -41,6 +41,8 @@ def run(command: list[str]) -> int:
     print(f"\n== {' '.join(command)}", flush=True)
     # A server or a setting of the user's must not decide how a test ends.
     environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("LIQLAB_")}
+    # Hundreds of processes would each compile all that they import, seconds long.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     environment["PATH"] = f"{BIN}{os.pathsep}{environment.get('PATH', '')}"
     return subprocess.run([str(BIN / command[0]), *command[1:]], cwd=ROOT, env=environment, check=False).returncode
 
