@@ -41,8 +41,8 @@ class Prepared:
         The events by symbol, each in time order.
     """
 
-    def __init__(self, events: pd.DataFrame) -> None:
-        columns = self.columns = Columns.of(events)
+    def __init__(self, columns: Columns) -> None:
+        self.columns = columns
         minutes = columns.ts_ms // MINUTE_MS
         starts = run_starts(minutes)
         self.rows = len(starts)
@@ -53,9 +53,9 @@ class Prepared:
         self._minute = minutes[starts] - minutes[0]
         self._next_row = np.full(int(self._minute[-1]) + 2, self.rows)
         self._next_row[: self._minute[-1] + 1] = np.searchsorted(self._minute, np.arange(self._minute[-1] + 1))
-        codes = columns.symbol.astype(np.int64)
-        self.order: Ints = np.argsort(codes, kind="stable").astype(np.int64)
-        by_symbol, by_row = codes[self.order], self.row[self.order]
+        # Codes of two bytes are sorted six times as fast as wider ones.
+        self.order: Ints = np.argsort(columns.symbol, kind="stable").astype(np.int64)
+        by_symbol, by_row = columns.symbol[self.order].astype(np.int64), self.row[self.order]
         self.first: Ints = run_starts(by_symbol, by_row).astype(np.int64)
         self.symbol: Ints = by_symbol[self.first]
         self.minute_row: Ints = by_row[self.first]
@@ -67,6 +67,10 @@ class Prepared:
 
     def __len__(self) -> int:
         return len(self.row)
+
+    def __reduce__(self) -> tuple[type[Prepared], tuple[Columns]]:
+        # Another process has the rest sooner than half as much again over a wire, and may want none of the results.
+        return Prepared, (self.columns,)
 
     def once(self, key: Hashable, make: Callable[[], T], *, large: bool = False) -> T:
         """Return what `make` does, and remember it: most parts do not depend on the one setting that a slider moves.
@@ -150,7 +154,7 @@ def prepare(events: Feed | pd.DataFrame | Prepared) -> Prepared:
     table = check(events.events if isinstance(events, Feed) else events)
     if table.empty:
         raise EventError("the feed holds no event; there is nothing to predict")
-    return Prepared(table)
+    return Prepared(Columns.of(table))
 
 
 def through(rows: int, born: Ints, gone: Ints, weight: Any = None) -> Floats:

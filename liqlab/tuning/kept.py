@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,8 +15,8 @@ from liqlab.percentiles import METHODS
 from liqlab.quantiles import represented
 from liqlab.settings import Settings
 from liqlab.sizing import Prepared
-from liqlab.sizing.buckets import before, bucket_starts, largest
-from liqlab.tuning.ranges import Floats, Ints, Part, WaveletMatrix, quantiles
+from liqlab.sizing.buckets import bucket_starts, largest
+from liqlab.tuning.ranges import Floats, Ints, Part, Ranks, WaveletMatrix, quantiles
 
 _BITS: Final = 14  # of a sampled value, which no one needs to know to more than a thousandth
 
@@ -33,11 +34,15 @@ class _Values:
 
 
 @dataclass(frozen=True)
-class _Largest:
-    """Of symbols that have buckets with more: how many of the largest come before each event, and a matrix of them."""
+class _Some:
+    """Which events of all in the order of symbols, and a matrix of their codes."""
 
-    before: Ints
+    which: Ranks
     matrix: WaveletMatrix
+
+    def part(self, cuts: Iterable[tuple[Ints, Floats | float]]) -> Part:
+        """Return these of what places among all events cut out."""
+        return Part(self.matrix, [(self.which.before(place), times) for place, times in cuts])
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,9 @@ class _Sample:
     """Uniform samples of buckets, of symbols that have some with more: as they are in the end, and as they grow."""
 
     values: Floats
-    kept: WaveletMatrix
-    kept_before: Ints
-    entered: WaveletMatrix
-    entered_before: Ints
-    left: WaveletMatrix
-    left_before: Ints
+    kept: _Some
+    entered: _Some
+    left: _Some
 
 
 class Windows:
@@ -167,9 +169,9 @@ class Windows:
     def _largest(self, known: _Values, rows: Ints, window_s: int, bucket_s: int, size: int) -> list[Part]:
         """Return what `topk` has of the windows: the largest of complete buckets, and of what came in the last one."""
 
-        def made() -> _Largest:
+        def made() -> _Some:
             kept = largest(self._prepared, bucket_s, size) & self._busy(size, bucket_s)[self._codes]
-            return _Largest(before(kept), WaveletMatrix(known.codes[kept], known.bits))
+            return _Some(Ranks(kept), WaveletMatrix(known.codes[kept], known.bits))
 
         top = self._prepared.once(("largest", size, bucket_s), made, large=True)
         end_ms, bucket_ms = self._end_ms[rows], 1000 * bucket_s
@@ -178,7 +180,7 @@ class Windows:
         opens, came = np.maximum(start, last), stop - last
         # Of a window within one bucket, what is left out is taken as spread evenly.
         spare = np.maximum(came - size, 0) * ((stop - opens) / np.maximum(came, 1))
-        complete = Part(top.matrix, [(top.before[np.minimum(start, last)], -1.0), (top.before[last], 1.0)])
+        complete = top.part([(np.minimum(start, last), -1.0), (last, 1.0)])
         return [complete, Part(known.matrix, [(opens, -1.0), (stop, 1.0)], spare)]
 
     def _sampled(
@@ -188,12 +190,11 @@ class Windows:
         sample = self._prepared.once(("sample", size, bucket_s), lambda: self._drawn(bucket_s, size), large=True)
         came = cuts[3][0] - cuts[2][0]
         each = np.maximum(came / size, 1)
-        kept = [(sample.kept_before[place], times) for place, times, _ in cuts[:3]]
         grown = [(place, each * times) for place, _, times in cuts[2:]]
         parts = [
-            Part(sample.kept, kept),
-            Part(sample.entered, [(sample.entered_before[place], times) for place, times in grown]),
-            Part(sample.left, [(sample.left_before[place], -times) for place, times in grown]),
+            sample.kept.part((place, times) for place, times, _ in cuts[:3]),
+            sample.entered.part(grown),
+            sample.left.part((place, -times) for place, times in grown),
         ]
         return sample.values, _BITS, parts
 
@@ -220,12 +221,12 @@ class Windows:
         low, width = float(logs.min()), max(float(np.ptp(logs)) * (1 + 1e-9) / (1 << _BITS), 1e-12)
         codes = np.minimum((logs - low) / width, (1 << _BITS) - 1).astype(np.int32)
         stays = rows[out == n]
-        kept, weight = np.zeros(n, np.bool_), np.maximum(lengths / size, 1)[bucket[stays]]
-        kept[stays] = True
-        gone = np.bincount(out[leaves], minlength=n)
+        weight = np.maximum(lengths / size, 1)[bucket[stays]]
+        kept, gone = np.zeros(n, np.bool_), np.zeros(n, np.bool_)
+        kept[stays] = gone[out[leaves]] = True  # who enters takes one place
         return _Sample(
             np.exp(low + width * (np.arange(1 << _BITS) + 0.5)),
-            WaveletMatrix(codes[stays], _BITS, weight), before(kept),
-            WaveletMatrix(codes[rows], _BITS), before(enters),
-            WaveletMatrix(codes[rows[leaves]], _BITS), before(gone),
-        )  # fmt: skip
+            _Some(Ranks(kept), WaveletMatrix(codes[stays], _BITS, weight)),
+            _Some(Ranks(enters), WaveletMatrix(codes[rows], _BITS)),
+            _Some(Ranks(gone), WaveletMatrix(codes[rows[leaves]], _BITS)),
+        )

@@ -14,18 +14,34 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
+class Ranks:
+    """How many of n flags are set before each place: before its block of 256, and within that; a byte a flag.
+
+    Parameters
+    ----------
+    flags : array of bool, shape (n,)
+    """
+
+    def __init__(self, flags: NDArray[np.bool_]) -> None:
+        n = len(flags)
+        before_each = np.zeros((n // 256 + 1) * 256, np.int32)
+        np.cumsum(flags, out=before_each[1 : n + 1])
+        self._blocks = before_each[::256].copy()
+        self._inside = (before_each.reshape(-1, 256) - self._blocks[:, None]).astype(np.uint8).ravel()
+
+    def before(self, place: NDArray[np.integer]) -> NDArray[np.int32]:
+        """Return how many flags are set before each place, 0 to n."""
+        found: NDArray[np.int32] = self._blocks[place >> 8] + self._inside[place]
+        return found
+
+
 @dataclass(frozen=True)
 class _Level:
-    """Zeros of one bit before each place: before its block of 256 codes, and within that; of all codes; weights."""
+    """Zeros of one bit: before each place, of all codes, and what those before each place weigh."""
 
-    blocks: NDArray[np.int32]
-    inside: NDArray[np.uint8]
-    total: np.int32
-    heavy: Floats | None  # what the zeros before each place weigh
-
-    def zeros(self, place: NDArray[np.int32]) -> NDArray[np.int32]:
-        found: NDArray[np.int32] = self.blocks[place >> 8] + self.inside[place]
-        return found
+    zeros: Ranks
+    total: int
+    heavy: Floats | None
 
 
 class WaveletMatrix:
@@ -45,20 +61,17 @@ class WaveletMatrix:
 
     def __init__(self, codes: NDArray[np.integer], bits: int, weights: Floats | None = None) -> None:
         self._whole = None if weights is None else before(weights)
-        code, n = codes.astype(np.int32), len(codes)
+        code = codes.astype(np.int32)
         self.levels: list[_Level] = []  # the high bit first
-        zeros = np.zeros((n // 256 + 1) * 256, np.int32)
         for bit in reversed(range(bits)):
             low = (code >> bit & 1) == 0
-            np.cumsum(low, out=zeros[1 : n + 1])
-            blocks = zeros[::256].copy()
-            inside = (zeros.reshape(-1, 256) - blocks[:, None]).astype(np.uint8).ravel()
-            order = np.concatenate([np.flatnonzero(low), np.flatnonzero(~low)])
+            zeros = np.flatnonzero(low)
+            order = np.concatenate([zeros, np.flatnonzero(~low)])
             heavy = None
             if weights is not None:
                 heavy = before(np.where(low, weights, 0.0))
                 weights = weights[order]
-            self.levels.append(_Level(blocks, inside, zeros[n], heavy))
+            self.levels.append(_Level(Ranks(low), len(zeros), heavy))
             code = code[order]
 
     def up_to(self, place: NDArray[np.integer]) -> Floats:
@@ -121,7 +134,7 @@ def quantiles(values: Floats, bits: int, parts: Sequence[Part], q: float) -> tup
         below, counted, zeros_of = np.zeros(k), list[Floats](), list[list[NDArray[np.int32]]]()
         for part, at, skipped in zip(parts, places, passed, strict=True):
             one = part.matrix.levels[level]
-            count, left = skipped.copy(), [one.zeros(place) for place in at]
+            count, left = skipped.copy(), [one.zeros.before(place) for place in at]
             for place, place_left, (_, times) in zip(at, left, part.cuts, strict=True):
                 count += times * (place_left if one.heavy is None else one.heavy[place])
             below += count if part.spare is None else np.maximum(count - part.spare, 0)

@@ -237,10 +237,12 @@ def local_cluster(workers: int) -> Any:
 
     lib: Any = distributed  # it has no types
     # Dask lets its workers give memory back to the system at once, and get it again for the next array: half as fast.
+    # Huge pages take the system longer to clear than they save: a tenth of a worker's time for a million events.
     # Its profiler, and how often it looks at the machine and at its own event loops, take a seventh of two cores;
     # nobody looks at what they find. And it drops all copies but one of a feed that every worker is about to read.
     dear = {
         "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
+        "distributed.nanny.pre-spawn-environ.NUMPY_MADVISE_HUGEPAGE": 0,
         "distributed.worker.profile.enabled": False,
         "distributed.worker.memory.monitor-interval": "1s",
         "distributed.admin.system-monitor.interval": "10s",
@@ -269,7 +271,9 @@ def _on_dask(
         if address is None:
             address = stack.enter_context(local_cluster(workers)).scheduler_address
         client = stack.enter_context(lib.Client(address))
-        [feed] = client.scatter([prepared], broadcast=True, hash=False)
+        [feed] = client.scatter([prepared], hash=False)
+        # The others fetch it while it is planned what they do; waiting until all have it would cost as much again.
+        lib.fire_and_forget([client.submit(len, feed, workers=[name], pure=False) for name in client.nthreads()])
         for groups, parts in rounds:
             count = max(len(client.nthreads()), 1)
             # As many at a time as there are workers: the scheduler would let one wait behind a dear one.
