@@ -23,16 +23,16 @@ class Entries:
 
     Attributes
     ----------
-    size : array of int64, shape (n,)
+    size : array of int, shape (n,)
         Bytes in the listpack, without those of the time.
-    text : array of int64, shape (n,)
+    text : array of int, shape (n,)
         Bytes of the command's fields and values: the measure by which a node is full (`t_stream.c`).
     head : int
         Bytes of an empty node: the listpack and its master entry.
     """
 
-    size: Ints
-    text: Ints
+    size: NDArray[np.integer]
+    text: NDArray[np.integer]
     head: int
 
 
@@ -68,7 +68,8 @@ def _entries(prepared: Prepared, codec: str, own: bool, shards: int) -> Entries:
         spelled = 2 + sum(int(listpack_text(len(field))) for field in other)
         size = np.where(carried, size, more + spelled)
         text = np.where(carried, text, words + sum(map(len, other)))
-    return Entries(size + AROUND, text + sum(map(len, fields)), head_of(fields))
+    size, text = size + AROUND, text + sum(map(len, fields))
+    return Entries(size.astype(np.int32), text.astype(np.int32), head_of(fields))  # remembered: half is enough
 
 
 def _plain(prepared: Prepared, codec: str, own: bool, shards: int, carried: NDArray[np.bool_]) -> tuple[Ints, Ints]:
@@ -118,14 +119,15 @@ def _integers(prepared: Prepared, own: bool, shards: int, carried: NDArray[np.bo
     names = prepared.names()
     shard = prepared.shards(shards)[columns.symbol] if shards > 1 and not own else np.zeros(len(columns), np.int64)
     for number in np.unique(shard).tolist():
-        at = np.flatnonzero((shard == number) & carried)
+        at = (shard == number) & carried
+        which = slice(None) if at.all() else np.flatnonzero(at)
         known = names
         if shards > 1 and not own:
             of = dict(zip(columns.symbols, prepared.shards(shards).tolist(), strict=True))
             known = Names([f"s{name}" for name in names.symbols if of[name] == number])
             known.of_exchanges(names.exchanges)
-        for column in CODECS["ints"].encode_columns(columns.rows(at), known, own=own):
+        for column in CODECS["ints"].encode_columns(columns.rows(which), known, own=own):
             values = np.asarray(column, np.int64)
-            size[at] += listpack_int(values)
-            text[at] += digits(values)
+            size[which] += listpack_int(values)
+            text[which] += digits(values)
     return size, text

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from liqlab import schema
 from liqlab.codecs import CODECS
@@ -33,13 +34,13 @@ class Placed:
 
     Attributes
     ----------
-    place : array of int64, shape (n,)
+    place : array of int32, shape (n,)
         Where each stands in the feed.
-    stream : array of int64, shape (n,)
+    stream : array of int32, shape (n,)
         A symbol, or -1 - shard for the stream that the symbols of a shard share.
     run : Run
         Their IDs and entries.
-    row, shard : array of int64, shape (n,)
+    row, shard : array of int32, shape (n,)
         The event-minute, and the shard.
     starts, stops : array of int64, shape (k,)
         Where streams begin and end.
@@ -47,11 +48,11 @@ class Placed:
         Where another stream or another minute begins.
     """
 
-    place: Ints
-    stream: Ints
+    place: NDArray[np.int32]
+    stream: NDArray[np.int32]
     run: Run
-    row: Ints
-    shard: Ints
+    row: NDArray[np.int32]
+    shard: NDArray[np.int32]
     starts: Ints
     stops: Ints
     visits: Ints
@@ -151,14 +152,15 @@ def events(prepared: Prepared, settings: Settings, layout: Layout, *, exact: boo
 
 
 def _placed(prepared: Prepared, settings: Settings) -> Placed:
-    shards, own = prepared.shards(settings.shards), alone(prepared, settings)
-    symbol = prepared.columns.symbol.astype(np.int64)
+    # Some of them are remembered: numbers that fit into half take half.
+    shards, own = prepared.shards(settings.shards).astype(np.int32), alone(prepared, settings)
+    symbol = prepared.columns.symbol.astype(np.int32)
     stream = np.where(own, symbol, -1 - shards[symbol])
-    place = np.argsort(stream, kind="stable").astype(np.int64)
-    stream, ms, row = stream[place], prepared.columns.ts_ms[place], prepared.row[place]
+    place = np.argsort(stream, kind="stable").astype(np.int32)
+    stream, ms, row = stream[place], prepared.columns.ts_ms[place], prepared.row[place].astype(np.int32)
     starts = run_starts(stream).astype(np.int64)
     ties = run_starts(stream, ms)
-    seq = np.arange(len(ms)) - np.repeat(ties, np.diff(ties, append=len(ms)))
+    seq = (np.arange(len(ms)) - np.repeat(ties, np.diff(ties, append=len(ms)))).astype(np.int32)
     shard = np.where(stream < 0, -1 - stream, shards[np.maximum(stream, 0)])
     run = Run(ms, seq, _entries(prepared, settings, place, own))
     stops = np.append(starts[1:], len(ms))
@@ -201,7 +203,7 @@ def _busy(prepared: Prepared, hot_s: int, enough: int, bulk: int) -> Bools:
     return result
 
 
-def _entries(prepared: Prepared, settings: Settings, place: Ints, own: Bools) -> Entries:
+def _entries(prepared: Prepared, settings: Settings, place: NDArray[np.int32], own: Bools) -> Entries:
     """Return the entries in the order of streams."""
     codec, shards = settings.writer.codec, settings.shards
     if own.all() or not own.any():
@@ -237,7 +239,7 @@ def _sealed(
     }
 
 
-def _row_of_cut(cuts: Ints, shard: Ints, ms: Ints) -> Ints:
+def _row_of_cut(cuts: Ints, shard: NDArray[np.int32], ms: Ints) -> Ints:
     """Return the row in which events of a shard at a time are sealed, m for never."""
     if len(cuts) == 1:
         return np.searchsorted(cuts[0], ms, side="right")

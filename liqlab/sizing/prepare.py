@@ -157,12 +157,12 @@ def prepare(events: Feed | pd.DataFrame | Prepared) -> Prepared:
     return Prepared(Columns.of(table))
 
 
-def through(rows: int, born: Ints, gone: Ints, weight: Any = None) -> Floats:
+def through(rows: int, born: NDArray[np.integer], gone: NDArray[np.integer], weight: Any = None) -> Floats:
     """Return the sum of what exists in each row, each thing from the row `born` up to, not including, `gone`.
 
     Parameters
     ----------
-    born, gone : array of int64, shape (k,)
+    born, gone : array of int, shape (k,)
         0 to `rows`.
     weight : array, shape (k,), optional
         1 each when absent.

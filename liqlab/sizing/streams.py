@@ -10,6 +10,7 @@ from functools import cache
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from liqlab.clock import MINUTE_MS
 from liqlab.codecs import CODECS
@@ -45,7 +46,7 @@ class Nodes:
 class Run:
     """Entries of streams, stream by stream: the halves of their IDs and what they take, shape (n,)."""
 
-    def __init__(self, ms: Ints, seq: Ints, found: Entries) -> None:
+    def __init__(self, ms: Ints, seq: NDArray[np.integer], found: Entries) -> None:
         self.ms, self.seq, self.found = ms, seq, found
         # Bytes of all before, with two for each time: the least it takes.
         self.total: Ints = np.concatenate([[0], np.cumsum(found.size + 2)])

@@ -266,7 +266,7 @@ def digits(value: ArrayLike) -> Any:
     return np.searchsorted(powers, size, side="right") + 1 + (value < 0)
 
 
-def radix_trees(tree: Ints, ms: Ints, seq: Ints, layout: Layout) -> int:
+def radix_trees(tree: NDArray[np.integer], ms: Ints, seq: NDArray[np.integer], layout: Layout) -> int:
     """Return the bytes of the nodes of radix trees whose keys are stream IDs (`rax.c`), roots left out.
 
     A node takes 4 bytes, its characters, padding to 8 and 8 bytes a child: one child for a compressed run of several
@@ -274,7 +274,7 @@ def radix_trees(tree: Ints, ms: Ints, seq: Ints, layout: Layout) -> int:
 
     Parameters
     ----------
-    tree, ms, seq : array of int64, shape (n,)
+    tree, ms, seq : array of int, shape (n,)
         Which tree, and the two halves of the ID; sorted.
     """
     if not len(tree):
