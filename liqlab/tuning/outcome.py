@@ -272,10 +272,11 @@ def in_common(
     Of each, a group within which much is done once, and what makes it.
     """
     layout = (calibration or Calibration()).layout
+    bucket_s = settings.retention.percentile_bucket_s
     groups: dict[str, tuple[Hashable, ...]] = {
         "events": ("events",),
-        "sketch": ("sketch",),
-        "percentile": ("percentile", settings.detector.method == "reservoir"),  # whose members are drawn
+        "sketch": ("sketch", bucket_s),
+        "percentile": ("percentile", bucket_s, settings.detector.method == "reservoir"),  # whose members are drawn
     }
     key, make = _judging(prepared, settings, layout, window_s)
     found: dict[Hashable, tuple[tuple[Hashable, ...], Callable[[], Any]]] = {key: (key[:2], make)}

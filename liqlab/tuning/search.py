@@ -159,6 +159,25 @@ def _combinations(
     return every
 
 
+def _changes(base: Settings) -> Callable[[Mapping[str, Any]], Settings]:
+    """Return `changed` for many combinations: a section that several of them have is validated once."""
+    known: dict[str, Any] = {}
+
+    def change(values: Mapping[str, Any]) -> Settings:
+        sections: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            sections.setdefault(name.partition(".")[0], {})[name] = value
+        update = {}
+        for section, fields in sections.items():
+            key = repr(fields)
+            if key not in known:
+                known[key] = getattr(changed(base, fields), section)
+            update[section] = known[key]
+        return base.model_copy(update=update)
+
+    return change
+
+
 def _digest(prepared: Prepared, base: Settings, calibration: Calibration | None) -> str:
     """Return what results of one feed, calibration and settings around are known by, and of one version's models."""
     columns = prepared.columns
@@ -172,6 +191,7 @@ def _rounds(prepared: Prepared, base: Settings, calibration: Calibration | None,
     """Yield how to try the parts, what most have in common first; at a time no more than a feed remembers."""
     window_s, taken = base.retention.percentile_window_s, dict[int, _Part]()
     groups: dict[tuple[Hashable, ...], _Shared] = {}
+    change = _changes(base)
 
     def found() -> tuple[list[partial[Any]], list[partial[Any]]]:
         largest = sorted(groups.values(), key=len, reverse=True)
@@ -183,7 +203,7 @@ def _rounds(prepared: Prepared, base: Settings, calibration: Calibration | None,
     for at, part in parts.items():
         new: dict[tuple[Hashable, ...], _Shared] = {}
         for values in part:
-            settings = changed(base, values)
+            settings = change(values)
             for key, (group, _) in in_common(prepared, settings, calibration, window_s).items():
                 new.setdefault(group, {}).setdefault(key, values)
         if taken and sum(len({**groups.get(name, {}), **new.get(name, {})}) for name in {*groups, *new}) > _AT_ONCE:
@@ -196,10 +216,10 @@ def _rounds(prepared: Prepared, base: Settings, calibration: Calibration | None,
 
 def _worked_out(base: Settings, calibration: Calibration | None, shared: _Shared, prepared: Prepared) -> dict[Any, Any]:
     """Return what settings have in common, each under its key, as one of the settings that have it has it made."""
-    window_s = base.retention.percentile_window_s
+    change, window_s = _changes(base), base.retention.percentile_window_s
     found = {}
     for key, values in shared.items():
-        _, make = in_common(prepared, changed(base, values), calibration, window_s)[key]
+        _, make = in_common(prepared, change(values), calibration, window_s)[key]
         found[key] = prepared.once(key, make)
     return found
 
@@ -214,10 +234,8 @@ def _tried(
 ) -> tuple[int, pd.DataFrame]:
     for results in known:
         prepared.learn(results)
-    window_s = base.retention.percentile_window_s
-    rows = [
-        values | evaluate(prepared, changed(base, values), calibration, window_s=window_s).as_dict() for values in part
-    ]
+    change, window_s = _changes(base), base.retention.percentile_window_s
+    rows = [values | evaluate(prepared, change(values), calibration, window_s=window_s).as_dict() for values in part]
     table = pd.DataFrame(rows).astype(dict.fromkeys(("threshold_error_pct", "precision", "recall"), float))
     return at, table.astype({_SIZE: "Int64"} if _SIZE in table else {})
 
