@@ -1,5 +1,6 @@
 """Predicted bytes against `used_memory`: a structure at a time, a family at a time, and the whole after an ingest."""
 
+import pickle
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -314,6 +315,16 @@ def test_sampled_blocks_are_near_to_encoded_ones() -> None:
     quick, exact = sizing.predict(events), sizing.predict(events, exact=True)
     assert quick.events_kept == exact.events_kept == len(events)
     assert quick.data_bytes == pytest.approx(exact.data_bytes, abs=2 * settings.load().writer.block_bytes)
+
+
+def test_a_prepared_feed_travels_without_what_it_remembers() -> None:
+    prepared = sizing.prepare(liqlab.synth("normal", hours=2, symbols=30, seed=2))
+    fresh = pickle.dumps(prepared)
+    found = sizing.predict(prepared)
+    assert pickle.dumps(prepared) == fresh
+    there = pickle.loads(fresh)
+    assert there.order.tolist() == prepared.order.tolist()
+    assert sizing.predict(there).as_dict() == found.as_dict()
 
 
 def test_a_prepared_feed_gives_the_same_and_any_step_the_same_end() -> None:

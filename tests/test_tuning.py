@@ -27,7 +27,7 @@ from liqlab.settings import SettingsError, changed, setting
 from liqlab.tuning import SPACE as USUAL
 from liqlab.tuning import Constraints, evaluate, extrapolate, pareto, recommend, sweep, verify
 from liqlab.tuning.alerts import _Asked, quality
-from liqlab.tuning.ranges import Part, WaveletMatrix, quantiles
+from liqlab.tuning.ranges import Part, Ranks, WaveletMatrix, quantiles
 from liqlab.tuning.search import _combinations, _rounds
 from liqlab.tuning.verified import _cleaned
 
@@ -87,6 +87,12 @@ def test_ranges_of_long_arrays_are_exact(n: int, heavy: bool) -> None:
         every = values[a:b] if weights is None else np.repeat(values[a:b], weights[a:b].astype(int))
         assert total == len(every)
         assert not len(every) or found == np.quantile(every, 0.9, method="inverted_cdf")
+
+
+@pytest.mark.parametrize("n", [0, 1, 255, 256, 257, 2_000])
+def test_ranks_count_the_flags_before_each_place(n: int) -> None:
+    flags = clock.generator(n).random(n) < 0.9
+    assert Ranks(flags).before(np.arange(n + 1)).tolist() == [0, *np.cumsum(flags).tolist()]
 
 
 def weighted(values: np.ndarray, weights: np.ndarray, q: float) -> float:
@@ -372,6 +378,17 @@ def test_a_sweep_is_what_evaluate_says_of_each() -> None:
     for row in tried.to_dict("records"):
         one = evaluate(prepared, changed(settings.load(), {name: row[name] for name in SPACE}), window_s=86_400)
         assert one.as_dict() == {name: row[name] for name in one.as_dict()}
+
+
+def test_a_sweep_varies_what_has_no_section_and_what_is_a_table() -> None:
+    prepared, wide = sizing.prepare(day(hours=1)), settings.load(detector={"min_usd": 5_000.0})
+    space = {"shards": (1, 3), "detector.min_usd_of": ({}, {"BTCUSDT": 1e6}), "retention.vwap_s": (900, 3_600)}
+    tried = sweep(prepared, space, settings=wide)
+    assert len(tried) == 8
+    for row in tried.to_dict("records"):
+        one = evaluate(prepared, changed(wide, {name: row[name] for name in space})).as_dict()
+        assert one == {name: row[name] for name in one}
+    assert tried["used_bytes"].nunique() > 2
 
 
 def test_a_sweep_tries_no_setting_twice() -> None:
