@@ -69,7 +69,7 @@ class Prepared:
         return len(self.row)
 
     def __reduce__(self) -> tuple[type[Prepared], tuple[Columns]]:
-        # Another process has the rest sooner than half as much again over a wire, and may want none of the results.
+        # Another process works the rest out sooner than it comes over a wire, and results may be hundreds of MB.
         return Prepared, (self.columns,)
 
     def once(self, key: Hashable, make: Callable[[], T], *, large: bool = False) -> T:

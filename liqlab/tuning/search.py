@@ -255,7 +255,7 @@ def local_cluster(workers: int) -> Any:
 
     lib: Any = distributed  # it has no types
     # Dask lets its workers give memory back to the system at once, and get it again for the next array: half as fast.
-    # Huge pages take the system longer to clear than they save: a tenth of a worker's time for a million events.
+    # Huge pages take a virtual machine longer to clear than they save: a tenth of what combinations have in common.
     # Its profiler, and how often it looks at the machine and at its own event loops, take a seventh of two cores;
     # nobody looks at what they find. And it drops all copies but one of a feed that every worker is about to read.
     dear = {
